@@ -1,0 +1,130 @@
+"""The one place that registers the `lethe::` operators. Importing this module makes them exist.
+
+`lethe::attention_site` marks, in a captured graph, a call of a model's own attention; a pass replaces every one.
+`lethe::attention` is the canonical op: it appends, attends over the retained slots, and accumulates RASR mass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lethe_compile.kernels.attention import cpu, reference
+
+
+@torch.library.custom_op("lethe::attention_site", mutates_args=())
+def attention_site(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    layer: int,
+) -> Tensor:
+    """Uncached attention as transformers' eager function computes it, one node in the graph.
+
+    query ``[B, H, T, Dk]``, key ``[B, Hkv, S, Dk]``, value ``[B, Hkv, S, Dv]``, mask additive or boolean, broadcastable to
+    ``[B, H, T, S]``; returns ``[B, H, T, Dv]``. `window` is what the model says of the layer: the mask is what counts.
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        column = sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1).to(scores.dtype)
+        scores = torch.cat([scores, column], dim=-1)
+    probability = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., : key.shape[2]]
+    return torch.matmul(probability.to(query.dtype), value)
+
+
+@attention_site.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    layer: int,
+) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], query.shape[2], value.shape[3])
+
+
+@torch.library.custom_op(
+    "lethe::attention", mutates_args=("k_pages", "v_pages", "slot_position", "slot_mass", "length")
+)
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_position: Tensor,
+    slot_mass: Tensor,
+    page_table: Tensor,
+    length: Tensor,
+    positions: Tensor,
+    new_lengths: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    layer: int,
+    decay: float | None,
+) -> Tensor:
+    """Cached attention of one layer; `page_table` and `length` hold all layers: ``[layers, rows, …]``.
+
+    Other shapes and the effects on the state are those of `kernels.attention.reference.attention`.
+    """
+    table, retained = page_table[layer], length[layer]
+    on_cpu = query.device.type == "cpu" and cpu.serves(k_pages, v_pages, table, retained + new_lengths)
+    kernel = cpu.attention if on_cpu else reference.attention
+    return kernel(
+        query,
+        key,
+        value,
+        k_pages,
+        v_pages,
+        slot_position,
+        slot_mass,
+        table,
+        retained,
+        positions,
+        new_lengths,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        decay=decay,
+    )
+
+
+@attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_position: Tensor,
+    slot_mass: Tensor,
+    page_table: Tensor,
+    length: Tensor,
+    positions: Tensor,
+    new_lengths: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    layer: int,
+    decay: float | None,
+) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], query.shape[2], value.shape[3])

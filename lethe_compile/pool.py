@@ -1,0 +1,145 @@
+"""The page pool of one KV geometry: its tensors, which follow the allocator's layouts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lethe_compile.allocator import Counts, Layout, Pages, extend_runs, extend_scattered, moves, pack
+
+_GROWTH = 1.25  # capacity of a rebuilt pool over what it has to hold
+_CHUNK_BYTES = 1 << 24  # of pages copied at once: bounds the scratch memory, and a host's allocator reuses the block
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The KV of one attention layer: what a token's key and value look like."""
+
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes of the key and value of one token of one layer, without its position and mass."""
+        return self.num_kv_heads * (self.k_dim + self.v_dim) * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout to adopt; `fresh` ones need new tensors, the others only have pages moved to free places."""
+
+    layout: Layout
+    fresh: bool
+
+
+class Pool:
+    """Pages of all layers of one geometry.
+
+    `tensors` are ``k_pages, v_pages [pages, kv_heads, page, dim]``, ``slot_position, slot_mass [pages, page]``. With
+    `runs`, each sequence's pages are consecutive and keys and values are stored as ``[kv_heads, pages, page, dim]``, so
+    that a sequence is one strided ``[kv_heads, tokens, dim]`` matrix.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        layers: list[int],
+        *,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        runs: bool,
+    ) -> None:
+        self.layers, self.runs = layers, runs
+        self.floor = 1  # pages below which the pool does not shrink
+        heads = geometry.num_kv_heads
+        self._specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "k_pages": ((heads, page_size, geometry.k_dim), dtype),
+            "v_pages": ((heads, page_size, geometry.v_dim), dtype),
+            "slot_position": ((page_size,), torch.int32),
+            "slot_mass": ((page_size,), torch.float32),
+        }
+        self.kv_bytes = page_size * geometry.bytes_per_token(dtype)  # of one page
+        self.page_bytes = sum(math.prod(shape) * kind.itemsize for shape, kind in self._specs.values())
+        self._device = device
+        self.layout = Layout.empty(0, 0)
+        self.tensors = {name: self._allocate(name, 0) for name in self._specs}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors' storage, used or not."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
+
+    def begin(self, rows: int, floor: int) -> None:
+        """Forget every sequence; the pool will not shrink below `floor` pages."""
+        self.layout = Layout.empty(self.layout.capacity, len(self.layers) * rows)
+        self.floor = max(1, floor)
+
+    def extend(self, count: Counts) -> Layout | None:
+        """A layout with `count` [sequences] pages in today's tensors, or None where the pool has to be rebuilt: it is
+        too small or too fragmented or, where sequences are runs, used to less than half."""
+        capacity, need = self.layout.capacity, int(count.sum())
+        least = max(need, self.floor)
+        if capacity < least or (self.runs and capacity > 2 * least):
+            return None
+        if not self.layout.used:
+            return pack(capacity, count)
+        return extend_runs(self.layout, count) if self.runs else extend_scattered(self.layout, count)
+
+    def roomy(self, count: Counts) -> int:
+        """Capacity in pages of a pool rebuilt to hold `count` pages and grow."""
+        return max(self.floor, math.ceil(_GROWTH * int(count.sum())))
+
+    def rebuild(self, count: Counts, capacity: int) -> Plan:
+        """A layout with `count` pages in new tensors of `capacity` pages."""
+        if not self.runs and capacity >= self.layout.capacity:
+            # Ids stay, so that an allocation that fails half-way leaves every tensor usable.
+            layout = extend_scattered(replace(self.layout, capacity=capacity), count)
+            assert layout is not None, "capacity was chosen to hold every page"
+            return Plan(layout, fresh=True)
+        return Plan(pack(capacity, count), fresh=True)
+
+    def adopt(self, plan: Plan) -> int:
+        """Copy the pages whose place changes and switch to the layout; returns the most bytes held at any time.
+
+        Tensors are replaced one by one: only one of them exists twice at a time.
+        """
+        source, target = moves(self.layout, plan.layout)
+        peak = self.bytes
+        if plan.fresh:
+            for name, old in self.tensors.items():
+                new = self._allocate(name, plan.layout.capacity)
+                peak = max(peak, self.bytes + new.untyped_storage().nbytes())
+                self._copy(old, source, new, target)
+                self.tensors[name] = new
+        else:
+            moved = source != target
+            for tensor in self.tensors.values():
+                self._copy(tensor, source[moved], tensor, target[moved])
+        self.layout = plan.layout
+        self.floor = min(self.floor, plan.layout.capacity)  # a limit on all pools may have denied it
+        return peak
+
+    def truncate(self, count: Counts) -> None:
+        """Give back all but the first `count` [sequences] pages of each sequence."""
+        self.layout = self.layout.truncate(count)
+
+    def _allocate(self, name: str, pages: int) -> Tensor:
+        shape, dtype = self._specs[name]
+        if self.runs and len(shape) == 3:
+            return torch.empty(shape[0], pages, *shape[1:], dtype=dtype, device=self._device).transpose(0, 1)
+        return torch.empty(pages, *shape, dtype=dtype, device=self._device)
+
+    def _copy(self, old: Tensor, source: Pages, new: Tensor, target: Pages) -> None:
+        """``new[target] = old[source]``; within one tensor, no target is anybody's source."""
+        dim = 0
+        if self.runs and old.dim() == 4:  # along the storage's own order, several times faster
+            old, new, dim = old.transpose(0, 1), new.transpose(0, 1), 1
+        step = max(1, _CHUNK_BYTES * old.shape[dim] // max(1, old.nbytes))
+        for at in range(0, source.size, step):
+            index = torch.from_numpy(np.stack([source[at : at + step], target[at : at + step]])).to(old.device)
+            new.index_copy_(dim, index[1].long(), old.index_select(dim, index[0]))

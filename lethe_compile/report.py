@@ -1,0 +1,228 @@
+"""What the compiler did, and what the cache holds: values that print as tables and dump as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from lethe_compile.cache import Geometry
+from lethe_compile.config import LetheConfig
+from lethe_compile.passes.base import PassRecord
+from lethe_compile.passes.program import Site
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import RenderableType
+    from rich.table import Table
+
+_NEVER = 1 << 62  # thresholds beyond are a policy's way to say never
+
+
+class _Printable:
+    """Renders with rich wherever it is printed; as text, 120 columns wide."""
+
+    def __rich__(self) -> RenderableType:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        from rich.console import Console  # noqa: PLC0415  (keeps the import of the package light)
+
+        console = Console(file=io.StringIO(), width=120, force_terminal=False)
+        console.print(self)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip()
+
+    def to_dict(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One attention layer: how it was found, its heads and features, and its cache."""
+
+    layer: int
+    name: str
+    found_by: str
+    heads: int
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    scale: float
+    mask: str
+    window: int | None
+    softcap: float | None
+    sinks: bool
+    pool: int
+    bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class Report(_Printable):
+    """What `optimize` found, rewrote and refused."""
+
+    passes: tuple[PassRecord, ...]
+    layers: tuple[LayerReport, ...]
+    config: LetheConfig
+    backend: str
+    dtype: str
+    device: str
+
+    @classmethod
+    def of(
+        cls,
+        records: Sequence[PassRecord],
+        sites: Sequence[Site],
+        config: LetheConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Report:
+        """Gather the report from the passes' records and the sites they left."""
+        layers = tuple(_layer(site, dtype) for site in sites)
+        return cls(tuple(records), layers, config, "eager", str(dtype).removeprefix("torch."), str(device))
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of one token over all layers."""
+        return sum(layer.bytes_per_token for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: passes with their matches and refusals, layers, cache geometry, configuration."""
+        cache = {"page_size": self.config.page_size, "bytes_per_token": self.bytes_per_token}
+        return {
+            "backend": self.backend,
+            "dtype": self.dtype,
+            "device": self.device,
+            "passes": [asdict(record) for record in self.passes],
+            "layers": [asdict(layer) for layer in self.layers],
+            "cache": cache,
+            "config": self.config.to_dict(),
+        }
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group  # noqa: PLC0415
+
+        line = (
+            f"{len(self.layers)} attention layers on {self.device}, {self.dtype}, backend {self.backend}; policy"
+            f" {self.config.policy}; {self.bytes_per_token:,} KV bytes per token, pages of {self.config.page_size}"
+        )
+        return Group(self._pass_table(), self._layer_table(), line)
+
+    def _pass_table(self) -> Table:
+        table = _table("passes", "pass", "nodes", "matches", "refusals")
+        for record in self.passes:
+            refusals = "\n".join(f"{_at(n.layer)}{n.node}: {n.text}" for n in record.refusals) or "none"
+            table.add_row(record.name, str(record.nodes), str(len(record.matches)), refusals)
+        return table
+
+    def _layer_table(self) -> Table:
+        columns = ("layer", "name", "found by", "heads", "KV", "head_dim", "mask", "softcap", "sinks", "B/token")
+        table = _table("attention", *columns)
+        for layer in self.layers:
+            dims = str(layer.k_dim) if layer.k_dim == layer.v_dim else f"{layer.k_dim}/{layer.v_dim}"
+            mask = layer.mask if layer.window is None else f"{layer.mask} {layer.window}"
+            heads, cap = (str(layer.heads), str(layer.kv_heads)), "" if layer.softcap is None else f"{layer.softcap:g}"
+            sinks = "yes" if layer.sinks else ""
+            size = f"{layer.bytes_per_token:,}"
+            table.add_row(str(layer.layer), layer.name, layer.found_by, *heads, dims, mask, cap, sinks, size)
+        return table
+
+
+@dataclass(frozen=True)
+class CacheStats(_Printable):
+    """The cache of one generation. Nested lists are ``[layers][rows]``, `seen` is ``[rows]``.
+
+    Bytes are of the pages that hold keys and values; `bytes_freed` counts pages that rounds emptied, by layer and row.
+    `sparsity` is Hoyer's measure of the scores when a round last looked, NaN where none has.
+    """
+
+    seen: list[int]
+    retained: list[list[int]]
+    retained_mean: list[list[float]]
+    rounds: list[list[int]]
+    threshold: list[list[int]]
+    sparsity: list[list[float]]
+    bytes_held: list[list[int]]
+    bytes_freed: list[list[int]]
+    bytes_peak: int
+    bytes_mean: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; a threshold that is never reached and a sparsity never measured are null."""
+        values = asdict(self)
+        values["threshold"] = [[None if t >= _NEVER else t for t in row] for row in self.threshold]
+        values["sparsity"] = [[None if s != s else s for s in row] for row in self.sparsity]
+        return values
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group  # noqa: PLC0415
+
+        columns = ("layer", "retained", "of", "rounds", "threshold", "sparsity", "held", "freed")
+        table = _table("cache, mean over sequences", *columns)
+        seen = _mean(self.seen)
+        for layer, retained in enumerate(self.retained):
+            known = [s for s in self.sparsity[layer] if s == s]
+            reached = [t for t in self.threshold[layer] if t < _NEVER]
+            table.add_row(
+                str(layer),
+                f"{_mean(retained):,.0f}",
+                f"{seen:,.0f}",
+                f"{_mean(self.rounds[layer]):.1f}",
+                f"{_mean(reached):,.0f}" if reached else "never",
+                f"{_mean(known):.2f}" if known else "",
+                _bytes(_mean(self.bytes_held[layer])),
+                _bytes(_mean(self.bytes_freed[layer])),
+            )
+        return Group(table, f"all sequences: mean {_bytes(self.bytes_mean)}, peak {_bytes(self.bytes_peak)}")
+
+
+def _layer(site: Site, dtype: torch.dtype) -> LayerReport:
+    assert site.mask is not None, "a site is only inserted once its mask is proved"
+    return LayerReport(
+        layer=site.layer,
+        name=site.name,
+        found_by=site.found_by,
+        heads=site.heads,
+        kv_heads=site.kv_heads,
+        k_dim=site.k_dim,
+        v_dim=site.v_dim,
+        scale=site.scale,
+        mask=site.mask.kind,
+        window=site.mask.window,
+        softcap=site.softcap,
+        sinks=site.sinks,
+        pool=site.cache_group,
+        bytes_per_token=Geometry(site.kv_heads, site.k_dim, site.v_dim).bytes_per_token(dtype),
+    )
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich import box  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("pass", "name", "found by", "mask", "refusals") else "right")
+    return table
+
+
+def _at(layer: int | None) -> str:
+    return "" if layer is None else f"layer {layer}, "
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"

@@ -1,0 +1,66 @@
+"""Verify semantics, not patterns: the rewritten graph must compute what the model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lethe_compile.errors import LetheError, UnsupportedGraphError
+from lethe_compile.runtime import OptimizedModel
+
+_LONGEST = 512  # tokens to verify with at most
+_DECODED = 3
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+def verify(original: Callable[[Mapping[str, Tensor]], Tensor], fast: OptimizedModel) -> None:
+    """Compare logits on random sequences: short, and long enough to leave every sliding window; whole and step by step.
+
+    `original` computes the unchanged model's logits from inputs by role.
+
+    Raises:
+        UnsupportedGraphError: they differ by more than rounding explains.
+        LetheError: the model itself computes NaN.
+    """
+    windows = [site.mask.window for site in fast.sites if site.mask and site.mask.window]
+    limit = min(_LONGEST, fast.max_positions or _LONGEST)
+    lengths = sorted({min(limit, 7), min(limit, max([2 * w + 5 for w in windows], default=19))})
+    generator = torch.Generator().manual_seed(0)
+    for length in lengths:
+        ids = torch.randint(fast.vocab_size, (2, length), generator=generator).to(fast.device)
+        positions = torch.arange(length, device=ids.device).repeat(2, 1)
+        with torch.no_grad():
+            inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
+            expected = original(inputs)
+        if not bool(torch.isfinite(expected).all()):
+            raise LetheError(f"the model's own logits are not finite on {length} random tokens: check its weights")
+        _compare(fast(ids), expected, f"{length} tokens at once")
+        if length > _DECODED:
+            _compare(_stepwise(fast, ids), expected[:, -_DECODED - 1 :], f"{length} tokens, the last ones step by step")
+
+
+def _stepwise(fast: OptimizedModel, ids: Tensor) -> Tensor:
+    """Logits [rows, 1 + decoded, vocab] of a prefill and the decode steps that follow it, nothing evicted."""
+    rows, length = ids.shape
+    start = length - _DECODED
+    active = torch.ones(rows, dtype=torch.bool, device=ids.device)
+    prompt = torch.full((rows,), start, device=ids.device)
+    with fast.unpruned():
+        fast.begin(rows, prompt)
+        try:
+            logits = [fast.prefill(ids[:, :start], prompt)]
+            logits += [fast.decode(ids[:, column], active) for column in range(start, length)]
+        finally:
+            fast.end()
+    return torch.stack(logits, dim=1)
+
+
+def _compare(actual: Tensor, expected: Tensor, what: str) -> None:
+    error = float((actual.double() - expected.double()).norm() / expected.double().norm())
+    if not error <= _TOLERANCE.get(expected.dtype, 1e-3):  # also when it is NaN
+        raise UnsupportedGraphError(
+            f"the rewritten graph computes something else on {what}: its logits are off by {error:.1e} (relative)",
+            hint="please report this model; nothing was rewritten",
+        )

@@ -1,0 +1,23 @@
+"""The compiler: graph passes, each in a file of its own, listed here once in the order in which they run."""
+
+from __future__ import annotations
+
+from lethe_compile.passes.base import Pass
+from lethe_compile.passes.classify_masks import ClassifyMasks
+from lethe_compile.passes.fold_repeat_kv import FoldRepeatKV
+from lethe_compile.passes.insert_attention import InsertAttention
+from lethe_compile.passes.locate_attention import LocateAttention
+from lethe_compile.passes.normalize import Normalize
+from lethe_compile.passes.rewrite_positions import RewritePositions
+
+
+def pipeline(decay: float | None) -> tuple[Pass, ...]:
+    """Every pass from a captured graph to one that attends over Lethe's cache. `decay` is RASR's gamma, None without."""
+    return (
+        Normalize(),
+        LocateAttention(),
+        FoldRepeatKV(),
+        ClassifyMasks(),
+        RewritePositions(),
+        InsertAttention(decay),
+    )

@@ -1,0 +1,103 @@
+"""Insert the cached op: every located site becomes `lethe::attention`, and the cache's tensors become inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from lethe_compile.errors import UnsupportedGraphError
+from lethe_compile.passes.base import Note, PassResult, refuse
+from lethe_compile.passes.check import fake_mode_of
+from lethe_compile.passes.program import CACHED_OP, Program, Site, remove_dead, shape_of, source_of
+
+_PAGES, _PAGE, _MAX_PAGES = 8, 16, 4  # example sizes of the cache inputs; the op reads real ones when it runs
+
+
+@dataclass(frozen=True)
+class InsertAttention:
+    """Replace uncached attention by the cached op.
+
+    ``attention_site(q, k, v, None, sinks, scale, softcap, window, layer)``  =>
+    ``attention(q, k, v, k_pages, v_pages, slot_position, slot_mass, page_table, length, positions, new_lengths, …)``
+
+    New inputs: `new_lengths`, for each page pool `k_pages_g`, `v_pages_g`, `slot_position_g`, `slot_mass_g`, and
+    `page_table`, `length` for all layers. Conditions: every site's mask is proved, and nothing but masks read the
+    input `attention_mask`, which goes.
+
+    `decay` is RASR's gamma; None tracks no attention mass.
+    """
+
+    decay: float | None = None
+
+    name: ClassVar[str] = "insert-attention"
+
+    def run(self, program: Program) -> PassResult:
+        _drop_input(program, "attention_mask")
+        state = _add_inputs(program)
+        sites, notes = [], []
+        for site in program.sites:
+            if site.mask is None:
+                raise refuse("its mask was not classified", program, site.layer)
+            node = _insert(program, site, state, self.decay)
+            sites.append(replace(site, node=node))
+            notes.append(Note(node.name, f"cached in pool {site.cache_group}", site.layer))
+        remove_dead(program.graph)
+        program.module.recompile()
+        return PassResult(replace(program, sites=tuple(sites)), tuple(notes))
+
+
+def _drop_input(program: Program, name: str) -> None:
+    node = program.placeholder(name)
+    if node is None:
+        return
+    remove_dead(program.graph)
+    if node.users:
+        user = next(iter(node.users))
+        raise UnsupportedGraphError(
+            f"the input {name} is read by '{user.name}', which is no attention mask",
+            node=user.name,
+            where=source_of(user) or None,
+        )
+    program.graph.erase_node(node)
+
+
+def _add_inputs(program: Program) -> dict[str, fx.Node]:
+    """The new placeholders by name, with example values for shape propagation."""
+    ids = program.input_ids.meta["val"]
+    rows, layers = shape_of(program.input_ids)[0], len(program.sites)
+    dtype = program.sites[0].node.meta["val"].dtype
+    shapes: dict[str, tuple[tuple[Any, ...], torch.dtype]] = {"new_lengths": ((rows,), torch.int32)}
+    for site in program.sites:
+        pool = (_PAGES, site.kv_heads, _PAGE)
+        shapes[f"k_pages_{site.cache_group}"] = ((*pool, site.k_dim), dtype)
+        shapes[f"v_pages_{site.cache_group}"] = ((*pool, site.v_dim), dtype)
+        shapes[f"slot_position_{site.cache_group}"] = ((_PAGES, _PAGE), torch.int32)
+        shapes[f"slot_mass_{site.cache_group}"] = ((_PAGES, _PAGE), torch.float32)
+    shapes["page_table"] = ((layers, rows, _MAX_PAGES), torch.int32)
+    shapes["length"] = ((layers, rows), torch.int32)
+    nodes: dict[str, fx.Node] = {}
+    for name, (shape, kind) in shapes.items():
+        with program.graph.inserting_after(program.placeholders()[-1]):
+            nodes[name] = program.graph.placeholder(name)
+        with fake_mode_of(program):
+            nodes[name].meta["val"] = torch.empty(shape, dtype=kind, device=ids.device)
+    return nodes
+
+
+def _insert(program: Program, site: Site, state: dict[str, fx.Node], decay: float | None) -> fx.Node:
+    query, key, value, _, sinks, *_ = site.node.args
+    assert site.mask is not None
+    group = site.cache_group
+    pool = [state[f"{name}_{group}"] for name in ("k_pages", "v_pages", "slot_position", "slot_mass")]
+    tables = [state["page_table"], state["length"], program.placeholder("positions"), state["new_lengths"]]
+    options = (sinks, site.scale, site.mask.window, site.softcap, site.layer, decay)
+    with program.graph.inserting_before(site.node):
+        node = program.graph.call_function(CACHED_OP, (query, key, value, *pool, *tables, *options))
+    node.meta.update(site.node.meta)
+    node.meta.pop("lethe_operands", None)
+    site.node.replace_all_uses_with(node)
+    program.graph.erase_node(site.node)
+    return node

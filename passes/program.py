@@ -1,0 +1,176 @@
+"""What the passes rewrite: one FX graph of a decoder, and what has been learned about it so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import lethe_compile.kernels.ops  # noqa: F401  (registers the operators)
+
+SITE_OP = torch.ops.lethe.attention_site.default
+CACHED_OP = torch.ops.lethe.attention.default
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A proved attention mask: each query sees the keys at its own and earlier positions, at most `window` of them."""
+
+    window: int | None = None
+
+    @property
+    def kind(self) -> str:
+        return "causal" if self.window is None else "sliding"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention of the graph. `node` is an `attention_site`, after insertion the cached `lethe::attention`."""
+
+    layer: int
+    node: fx.Node
+    name: str  # the module path in the user's model, or the node's name
+    found_by: str  # "attention interface" | "sdpa"
+    heads: int
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    scale: float
+    softcap: float | None
+    sinks: bool
+    mask: Mask | None = None
+    cache_group: int = 0  # which page pool: layers of equal (kv_heads, k_dim, v_dim) share one
+
+
+@dataclass(frozen=True)
+class Program:
+    """A decoder graph ``(placeholders) -> logits [B, T, vocab]`` between two passes.
+
+    Placeholders are named by role: `input_ids` is always there, `position_ids` and `attention_mask` while the graph takes
+    them. After insertion the inputs are `input_ids`, `positions`, `new_lengths` and the cache's tensors.
+    """
+
+    module: fx.GraphModule
+    expected_layers: int | None = None  # attention layers that the model says it has, where it says so
+    sites: tuple[Site, ...] = ()
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def placeholder(self, name: str) -> fx.Node | None:
+        """The graph input called `name`, or None."""
+        return next((n for n in self.placeholders() if n.target == name), None)
+
+    def placeholders(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    @property
+    def input_ids(self) -> fx.Node:
+        node = self.placeholder("input_ids")
+        assert node is not None, "capture names the token ids 'input_ids'"
+        return node
+
+
+def with_cache_groups(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Number the page pools: layers of one KV geometry share a pool."""
+    groups: dict[tuple[int, int, int], int] = {}
+    return tuple(
+        replace(s, cache_group=groups.setdefault((s.kv_heads, s.k_dim, s.v_dim), len(groups))) for s in sites
+    )
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """Whether `node` is a call of one of `targets`: an OpOverload, or a packet, which stands for all of its overloads."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    packet = getattr(node.target, "overloadpacket", None)
+    return any(node.target is t or (packet is not None and packet is t) for t in targets)
+
+
+def ancestors(node: fx.Node) -> list[fx.Node]:
+    """`node` and everything that it is computed from, in graph order."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return [n for n in node.graph.nodes if n in seen]
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """The argument of a call, given by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def attribute(module: Any, path: str) -> Any:
+    """The parameter, buffer or constant that a `get_attr` node names by its dotted path."""
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def shape_of(node: Any) -> tuple[Any, ...]:
+    """Shape of a node's value (ints or SymInts); () for a value that is no tensor."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def same_size(left: Any, right: Any) -> bool:
+    """Whether two sizes are certainly equal: as ints, or as symbolic expressions. Never guards."""
+    expressions = [getattr(getattr(s, "node", None), "expr", s) for s in (left, right)]
+    return bool(expressions[0] == expressions[1])
+
+
+def is_symbolic(size: Any) -> bool:
+    return isinstance(size, torch.SymInt)
+
+
+def source_of(node: fx.Node) -> str:
+    """Where a node came from, for messages: module path and source line as far as the graph knows them."""
+    trace = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().split("\n")]
+    files = [line for line in trace if line.startswith("File ")]
+    return ", ".join(part for part in (module_path(node), files[-1] if files else "") if part)
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost `nn.Module` that made a node, such as ``model.layers.3.self_attn``; "" if unknown."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack and "_empty_nn" not in str(stack[-1][0]) else ""
+
+
+def remove_dead(graph: fx.Graph) -> list[str]:
+    """Drop nodes whose result nobody uses, placeholders apart; the names of those dropped.
+
+    FX's own elimination keeps every call with a mutable schema; here a mutation matters only if its result is used or
+    the tensor it writes is an input or a buffer.
+    """
+    dropped: list[str] = []
+    for node in reversed(list(graph.nodes)):
+        if node.users or node.op in ("placeholder", "output") or _writes_state(node):
+            continue
+        dropped.append(node.name)
+        graph.erase_node(node)
+    return dropped
+
+
+def _writes_state(node: fx.Node) -> bool:
+    return any(target.op in ("placeholder", "get_attr") for target in written(node))
+
+
+def written(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes whose tensors a call writes, by its schema."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return
+    for position, formal in enumerate(schema.arguments):
+        if formal.alias_info is not None and formal.alias_info.is_write:
+            actual = argument(node, position, formal.name)
+            yield from (n for n in (actual if isinstance(actual, (list, tuple)) else [actual]) if isinstance(n, fx.Node))
