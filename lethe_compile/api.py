@@ -43,7 +43,9 @@ def optimize(
         InputError: broken weights, several devices, unusable example inputs.
         ConfigError: unknown policy, or settings that contradict.
     """
-    config = replace(config or LetheConfig(), **({"policy": policy} if policy else {}))
+    config = config or LetheConfig()
+    if policy is not None:
+        config = replace(config, policy=policy)
     decay = make_policy(config).decay
 
     captured = capture(model, example_inputs)

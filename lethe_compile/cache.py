@@ -108,7 +108,7 @@ class KVCache:
     def reserve_rows(self, tokens_per_row: Sequence[int]) -> None:
         """`reserve` with a number of tokens for each row, as a ragged prefill needs; 0 leaves a row as it is."""
         tokens = self._per_row(tokens_per_row)
-        held = self._held()
+        held = self.pages_held()
         need = np.where(tokens > 0, self._pages(self.lengths + tokens), 0)  # [layers, rows]
         if (need > held).any():
             count = np.maximum(need, held)
@@ -127,7 +127,7 @@ class KVCache:
             InputError: more tokens than were reserved.
         """
         lengths = self.lengths + self._per_row(new_lengths)
-        if (self._pages(lengths) > self._held()).any():
+        if (self._pages(lengths) > self.pages_held()).any():
             raise InputError(f"a step appended {list(new_lengths)} tokens to pages that were not reserved for them")
         self.lengths = lengths
         self._sampled += self.bytes_in_use
@@ -138,7 +138,7 @@ class KVCache:
         index = sorted(set(rows))
         self.lengths[:, index] = 0
         self.length[:, index] = 0
-        held = self._held()
+        held = self.pages_held()
         held[:, index] = 0
         self._truncate(held)
 
@@ -189,7 +189,7 @@ class KVCache:
         new = length.cpu().numpy().astype(np.int64)
         emptied = self._pages(old) - self._pages(new)
         self.bytes_freed += int(emptied.sum()) * self._pool(layer).kv_bytes
-        held = self._held()
+        held = self.pages_held()
         held[layer] = np.where(new < old, self._pages(new), held[layer])
         self.lengths[layer] = new
         self._truncate(held)
@@ -243,7 +243,7 @@ class KVCache:
             "pool_bytes_peak": self.pool_bytes_peak,
             "page_size": self.page_size,
             "lengths": self.lengths.tolist(),
-            "pages": self._held().tolist(),
+            "pages": self.pages_held().tolist(),
         }
 
     # ------------------------------------------------------------------------------------------------ internals
@@ -279,7 +279,7 @@ class KVCache:
 
     def _bytes(self, pages: Iterable[int]) -> int:
         """Of pools with so many pages each, positions and masses included."""
-        return sum(max(1, n) * pool.page_bytes for n, pool in zip(pages, self._pools, strict=True))
+        return sum(n * pool.page_bytes for n, pool in zip(pages, self._pools, strict=True))
 
     def _fits(self, counts: Sequence[Counts]) -> bool:
         return self.max_bytes is None or self._bytes(int(count.sum()) for count in counts) <= self.max_bytes

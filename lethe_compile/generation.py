@@ -33,7 +33,10 @@ class Decoder(Protocol):
 
     vocab_size: int
     max_positions: int | None  # positions the model has, None without a limit
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies, and its inputs must be."""
 
     def begin(self, rows: int, prompt_lengths: Tensor) -> None:
         """Makes a fresh cache for a batch whose prompts have `prompt_lengths` `[R]` tokens.

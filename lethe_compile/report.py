@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from lethe_compile.cache import Geometry
@@ -28,7 +29,7 @@ class _Printable:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        from rich.console import Console  # noqa: PLC0415  (keeps the import of the package light)
+        from rich.console import Console
 
         console = Console(file=io.StringIO(), width=120, force_terminal=False)
         console.print(self)
@@ -106,7 +107,7 @@ class Report(_Printable):
         }
 
     def __rich__(self) -> RenderableType:
-        from rich.console import Group  # noqa: PLC0415
+        from rich.console import Group
 
         line = (
             f"{len(self.layers)} attention layers on {self.device}, {self.dtype}, backend {self.backend}; policy"
@@ -150,6 +151,7 @@ class CacheStats(_Printable):
     sparsity: list[list[float]]
     bytes_held: list[list[int]]
     bytes_freed: list[list[int]]
+    timeline: list[list[float]]  # [rounds][layers]: retained tokens after each round, mean over sequences under way
     bytes_peak: int
     bytes_mean: float
 
@@ -157,17 +159,17 @@ class CacheStats(_Printable):
         """JSON-ready; a threshold that is never reached and a sparsity never measured are null."""
         values = asdict(self)
         values["threshold"] = [[None if t >= _NEVER else t for t in row] for row in self.threshold]
-        values["sparsity"] = [[None if s != s else s for s in row] for row in self.sparsity]
+        values["sparsity"] = [[None if isnan(s) else s for s in row] for row in self.sparsity]
         return values
 
     def __rich__(self) -> RenderableType:
-        from rich.console import Group  # noqa: PLC0415
+        from rich.console import Group
 
         columns = ("layer", "retained", "of", "rounds", "threshold", "sparsity", "held", "freed")
         table = _table("cache, mean over sequences", *columns)
         seen = _mean(self.seen)
         for layer, retained in enumerate(self.retained):
-            known = [s for s in self.sparsity[layer] if s == s]
+            known = [s for s in self.sparsity[layer] if not isnan(s)]
             reached = [t for t in self.threshold[layer] if t < _NEVER]
             table.add_row(
                 str(layer),
@@ -203,12 +205,13 @@ def _layer(site: Site, dtype: torch.dtype) -> LayerReport:
 
 
 def _table(title: str, *columns: str) -> Table:
-    from rich import box  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
+    from rich import box
+    from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in columns:
-        table.add_column(column, justify="left" if column in ("pass", "name", "found by", "mask", "refusals") else "right")
+        words = column in ("pass", "name", "found by", "mask", "refusals")
+        table.add_column(column, justify="left" if words else "right")
     return table
 
 

@@ -139,6 +139,7 @@ class OptimizedModel(nn.Module):
         self._rounds, self._freed, self._retained = (np.zeros(shape, np.int64) for _ in range(3))
         self._held = np.zeros(shape, np.int64)
         self._retained_sum, self._steps, self._until_round = np.zeros(shape, np.float64), 0, 0
+        self._timeline: list[list[float]] = []
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
@@ -203,7 +204,7 @@ class OptimizedModel(nn.Module):
             )
             for site in self.sites
         ]
-        before = self.cache._held()
+        before = self.cache.pages_held()
         for state, selection in zip(states, self.policy.round(states), strict=True):
             if selection is None:
                 continue
@@ -211,15 +212,16 @@ class OptimizedModel(nn.Module):
                 callback(Round(state.layer, state.position, selection.keep, state.next_position.clone()))
             self.cache.compact(state.layer, selection.keep)
             self._rounds[state.layer] += selection.pruned.cpu().numpy()
-        self._freed += (before - self.cache._held()) * self._page_bytes
+        self._freed += (before - self.cache.pages_held()) * self._page_bytes
         self._until_round = self.config.prune_interval
+        self._timeline.append(self.cache.lengths[:, active.cpu().numpy()].mean(1).tolist())
         self.cache.reserve(self._until_round, active.tolist())
 
     def _observe(self, active: Tensor) -> None:
         """Keep what `cache_stats` tells; of a row that has finished, as it was at its end."""
         on = active.cpu().numpy().astype(bool)
         self._retained = np.where(on, self.cache.lengths, self._retained)
-        self._held = np.where(on, self.cache._held() * self._page_bytes, self._held)
+        self._held = np.where(on, self.cache.pages_held() * self._page_bytes, self._held)
         self._retained_sum += self.cache.lengths
         self._steps += 1
 
@@ -256,6 +258,7 @@ class OptimizedModel(nn.Module):
             sparsity=self.policy.sparsity.tolist(),
             bytes_held=self._held.tolist(),
             bytes_freed=self._freed.tolist(),
+            timeline=self._timeline,
             bytes_peak=self.cache.bytes_peak,
             bytes_mean=self.cache.bytes_mean,
         )

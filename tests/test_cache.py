@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
+from lethe_compile import pool
 from lethe_compile.cache import Geometry, KVCache
 from lethe_compile.errors import ConfigError, InputError, OutOfPagesError
-from lethe_compile.pool import Pool
 
 WIDE, NARROW = Geometry(2, 3, 5), Geometry(1, 4, 2)
 SLOT_BYTES = 4 + 4  # position and mass
 
 
 @pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """`torch.empty` gives NaN, and the largest integer."""
+def harsh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`torch.empty` gives NaN and the largest integer; pages are copied one by one, so that order matters."""
+    monkeypatch.setattr(pool, "_CHUNK_BYTES", 1)
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -81,12 +82,10 @@ class Shadow:
             ]
             for layer in range(len(self.geometries))
         ]
-        by_geometry = Counter({g: 0 for g in self.geometries})
+        by_geometry = Counter(dict.fromkeys(self.geometries, 0))
         for geometry, pages in zip(self.geometries, need, strict=True):
             by_geometry[geometry] += sum(pages)
-        total = sum(
-            max(1, n) * self.page * (g.bytes_per_token(torch.float32) + SLOT_BYTES) for g, n in by_geometry.items()
-        )
+        total = sum(n * self.page * (g.bytes_per_token(torch.float32) + SLOT_BYTES) for g, n in by_geometry.items())
         before = cache.stats(), cache.inputs()
         try:
             cache.reserve_rows(per_row)
@@ -398,6 +397,43 @@ def test_a_contiguous_row_is_one_strided_matrix() -> None:
     assert keys[0, start : start + 14, 0].tolist() == shadow.tokens[0][1]
 
 
+def test_a_row_that_outgrows_its_place_moves_within_the_pool() -> None:
+    shadow = Shadow([WIDE])
+    shadow.begin(3, hint=40)
+    assert shadow.reserve([8, 8, 8])
+    shadow.step([8, 8, 8])
+    shadow.free([2])
+    state = shadow.cache.inputs()
+    assert shadow.reserve([36, 0, 0])  # more than lies free before row 1, less than what row 2 left behind it
+    after = shadow.cache.inputs()
+    assert after["k_pages_0"] is state["k_pages_0"]
+    assert int(after["page_table"][0, 0, 0]) > int(after["page_table"][0, 1, 0])
+    shadow.check()
+
+
+def test_contiguous_growth_takes_a_sixteenth_unless_the_limit_forbids_it() -> None:
+    page_bytes = 4 * (64 + SLOT_BYTES)
+    for limit, pages in ((None, 170), (161 * page_bytes, 161)):
+        shadow = Shadow([WIDE], max_bytes=limit)
+        shadow.begin(1)
+        assert shadow.reserve([640])
+        shadow.step([640])
+        assert shadow.reserve([1])
+        assert shadow.cache.stats()["pages"] == [[pages]]
+        shadow.check()
+
+
+def test_a_hint_beyond_the_limit_takes_what_there_is_and_keeps_it() -> None:
+    shadow = Shadow([WIDE, NARROW], max_bytes=20_000)
+    shadow.begin(2, hint=10_000)
+    assert 19_000 < shadow.cache.pool_bytes <= 20_000
+    tensors = shadow.cache.inputs()
+    decode(shadow, 12)
+    assert tensors["k_pages_0"] is shadow.cache.inputs()["k_pages_0"]
+    assert tensors["v_pages_1"] is shadow.cache.inputs()["v_pages_1"]
+    shadow.check()
+
+
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_a_pool_gives_up_room_that_another_needs_under_a_common_limit(contiguous: bool) -> None:
     shadow = Shadow([WIDE, NARROW], contiguous=contiguous, max_bytes=24_000)
@@ -418,15 +454,15 @@ def test_a_failed_allocation_leaves_a_paged_cache_as_it_was(monkeypatch: pytest.
     shadow.begin(2)
     assert shadow.reserve([10, 20])
     shadow.step([10, 20])
-    allocate = Pool._allocate
+    allocate = pool.Pool._allocate
 
-    def fail(pool: Pool, name: str, pages: int) -> Tensor:
+    def fail(self: pool.Pool, name: str, pages: int) -> Tensor:
         if name == "v_pages":
             raise torch.OutOfMemoryError("no memory")
-        return allocate(pool, name, pages)
+        return allocate(self, name, pages)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pool, "_allocate", fail)
+        patch.setattr(pool.Pool, "_allocate", fail)
         with pytest.raises(torch.OutOfMemoryError):
             shadow.cache.reserve(100)
     assert shadow.cache.stats()["pages"] == [[3, 5]]

@@ -86,10 +86,11 @@ def test_matches_a_loop_over_slots(
 
 def test_rows_that_keep_everything_are_not_written() -> None:
     state = random_state(0, [9, 0, 16], 4, heads=2, k_dim=4, v_dim=4, head_major=False)
-    before = tuple(tensor.clone() for tensor in state)
+    before, versions = tuple(tensor.clone() for tensor in state), [tensor._version for tensor in state[:2]]
     keep = torch.arange(16) < state[5][:, None]
     assert reference.compact(*state, keep).tolist() == [9, 0, 16]
     assert_same(state, before)
+    assert [tensor._version for tensor in state[:2]] == versions
 
 
 def test_works_in_bfloat16_with_a_long_row() -> None:

@@ -1,0 +1,41 @@
+"""MODEL on a command line: the bundled reasoner, a directory or hub id, or a factory in Python."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from lethe_compile.errors import InputError
+
+REASONER = "reasoner"
+HELP = "'reasoner' (bundled), a local directory, a hub id, or package.module:factory"
+
+
+def load_model(name: str) -> Any:
+    """The model that `name` stands for, in evaluation mode.
+
+    Raises:
+        InputError: nothing can be loaded under that name; says what was tried.
+    """
+    if name == REASONER:
+        from lethe_compile.models import reasoner
+
+        return reasoner.load_model()
+    if ":" in name:
+        return _from_factory(name)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+    except (OSError, ValueError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise InputError(f"no model can be loaded from {name!r}: {first} (MODEL is {HELP})") from error
+
+
+def _from_factory(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"no factory {name!r}: {error} (MODEL is {HELP})") from error
+    return factory().eval()

@@ -1,0 +1,173 @@
+"""`lethe demo`: the bundled reasoner solves fresh problems with a full and with a pruned KV cache, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lethe_compile.api import optimize
+from lethe_compile.config import LetheConfig
+from lethe_compile.errors import InputError
+from lethe_compile.models import reasoner
+from lethe_compile.report import CacheStats
+from lethe_compile.runtime import OptimizedModel
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run over all problems came to; bytes are of keys and values, over all sequences of a batch."""
+
+    solved: int
+    new_tokens: int
+    kv_bytes_mean: float
+    kv_bytes_peak: int
+    tokens_per_s: float
+    seconds: float
+    retained_per_layer: list[float]  # tokens, mean over steps and sequences
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; the exit status is 0 whatever the accuracy."""
+    options = _arguments(argv)
+    console = Console(stderr=False)
+    problems = _problems(options)
+    model = reasoner.load_model()
+    config = LetheConfig(**{name: value for name, value in vars(options).items() if name in _CONFIGURABLE})
+    console.print(
+        f"{len(problems) * options.problems // len(problems)} fresh problems with traces of {options.min_tokens}–"
+        f"{options.max_tokens} tokens; compiling the reasoner …"
+    )
+    fast = optimize(model, config)
+    with fast.unpruned():
+        full, full_stats = _run(fast, problems, options, "full cache")
+    lethe, lethe_stats = _run(fast, problems, options, "Lethe")
+    console.print(_table(full, lethe, options.problems))
+    console.print(_picture(full, lethe, full_stats, lethe_stats))
+    if options.json is not None:
+        shared = {name: value for name, value in asdict(full).items() if name != "retained_per_layer"}
+        result = {"problems": options.problems, "full": shared, "lethe": asdict(lethe), "config": config.to_dict()}
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+_CONFIGURABLE = ("sparse_ratio", "recent_ratio", "decay", "prune_threshold", "max_tokens")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="lethe demo", description=__doc__)
+    parser.add_argument(
+        "--problems", type=int, default=16, metavar="N", help="how many, of all families (default 16)"
+    )
+    parser.add_argument("--min-tokens", type=int, default=1600, help="shortest reference trace (default 1600)")
+    parser.add_argument("--max-tokens", type=int, default=2400, help="longest reference trace (default 2400)")
+    parser.add_argument("--seed", type=int, default=0, help="of the problems")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    pruning = parser.add_argument_group("pruning, see LetheConfig")
+    defaults = LetheConfig()
+    for name in _CONFIGURABLE:
+        default = getattr(defaults, name)
+        kind = int if default is None or isinstance(default, int) else float
+        pruning.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"default {default}")
+    options = parser.parse_args(argv)
+    if options.problems < len(reasoner.FAMILIES):
+        raise InputError(f"--problems {options.problems}: at least one of each family, {len(reasoner.FAMILIES)}")
+    if not 1000 <= options.min_tokens < options.max_tokens <= 4000:
+        raise InputError("--min-tokens and --max-tokens must be within 1000..4000, what the reasoner was trained for")
+    return options
+
+
+def _problems(options: argparse.Namespace) -> list[reasoner.Problems]:
+    """Fresh problems, as many of each family as can be."""
+    families = reasoner.FAMILIES
+    counts = [options.problems // len(families) + (i < options.problems % len(families)) for i in range(len(families))]
+    lengths = {"min_tokens": options.min_tokens, "max_tokens": options.max_tokens}
+    return [
+        reasoner.problems(count, seed=options.seed, family=family, **lengths)
+        for family, count in zip(families, counts, strict=True)
+    ]
+
+
+def _run(
+    fast: OptimizedModel, problems: Sequence[reasoner.Problems], options: argparse.Namespace, label: str
+) -> tuple[Outcome, CacheStats]:
+    """Solve all problems in one batch, greedily."""
+    ids, mask = _batch(problems)
+    width = ids.shape[1]
+    longest = max(int(p.trace_lengths.max()) for p in problems)
+    Console(stderr=True).print(f"[dim]{label}[/dim]")
+    start = time.perf_counter()
+    out = fast.generate(ids, attention_mask=mask, max_new_tokens=longest + 32, do_sample=False, progress=True)
+    seconds = time.perf_counter() - start
+    stats = fast.cache_stats()
+    new = out[:, width:]
+    solved = sum(int(reasoner.solved(p, rows).sum()) for p, rows in zip(problems, _split(new, problems), strict=True))
+    tokens = int(sum(stats.seen) - mask.sum()) + len(ids)  # the last token of a sequence is written, never fed
+    retained = [sum(layer) / len(layer) for layer in stats.retained_mean]
+    outcome = Outcome(solved, tokens, stats.bytes_mean, stats.bytes_peak, tokens / seconds, seconds, retained)
+    return outcome, stats
+
+
+def _batch(problems: Sequence[reasoner.Problems]) -> tuple[Tensor, Tensor]:
+    """All prompts left-padded: ids and attention mask [rows, T]."""
+    prompts = [p.prompt(row) for p in problems for row in range(len(p))]
+    width = max(map(len, prompts))
+    ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
+
+
+def _split(rows: Tensor, problems: Sequence[reasoner.Problems]) -> tuple[Tensor, ...]:
+    return torch.split(rows, [len(p) for p in problems])
+
+
+def _table(full: Outcome, lethe: Outcome, problems: int) -> Table:
+    table = Table(title=f"{problems} problems", title_justify="left")
+    for column in ("", "full cache", "Lethe", "Lethe : full"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows: list[tuple[str, Any, Any, str]] = [
+        ("solved", full.solved, lethe.solved, "d"),
+        ("tokens written", full.new_tokens, lethe.new_tokens, ",d"),
+        ("KV cache, mean MiB", full.kv_bytes_mean / 2**20, lethe.kv_bytes_mean / 2**20, ".2f"),
+        ("KV cache, peak MiB", full.kv_bytes_peak / 2**20, lethe.kv_bytes_peak / 2**20, ".2f"),
+        ("tokens/s", full.tokens_per_s, lethe.tokens_per_s, ",.0f"),
+    ]
+    for name, left, right, form in rows:
+        ratio = f"{right / left:.2f} ×" if left else ""
+        table.add_row(name, format(left, form), format(right, form), ratio)
+    return table
+
+
+def _picture(full: Outcome, lethe: Outcome, full_stats: CacheStats, lethe_stats: CacheStats) -> Table:
+    """Tokens retained per layer: their mean, and their course over the generation, a block character a time slice."""
+    table = Table(title="tokens retained per layer, mean over sequences", title_justify="left", box=None)
+    for column in ("layer", "full", "Lethe", "start of the generation → end (full cache above, Lethe below)"):
+        table.add_column(column, justify="right" if column in ("layer", "full", "Lethe") else "left")
+    top = max(max(moment) for moment in full_stats.timeline)
+    for layer, (before, after) in enumerate(zip(full.retained_per_layer, lethe.retained_per_layer, strict=True)):
+        table.add_row(str(layer), f"{before:,.0f}", "", f"[dim]{_spark(full_stats.timeline, layer, top)}[/dim]")
+        table.add_row("", "", f"{after:,.0f}", f"[green]{_spark(lethe_stats.timeline, layer, top)}[/green]")
+    return table
+
+
+def _spark(timeline: Sequence[Sequence[float]], layer: int, top: float, width: int = 48) -> str:
+    """One layer's course [rounds][layers] in `width` block characters, `top` tokens full height."""
+    at = [timeline[min(len(timeline) - 1, i * len(timeline) // width)][layer] for i in range(width)]
+    return "".join(_BLOCKS[max(1, round(value / top * (len(_BLOCKS) - 1)))] for value in at)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

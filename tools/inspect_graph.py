@@ -1,0 +1,54 @@
+"""`lethe inspect`: what the compiler finds in a model, rewrites, and refuses."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lethe_compile.capture import capture
+from lethe_compile.config import LetheConfig
+from lethe_compile.errors import InputError
+from lethe_compile.passes import pipeline
+from lethe_compile.passes.base import run_pipeline
+from lethe_compile.passes.program import Program
+from lethe_compile.report import Report
+from lethe_compile.tools import _models
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Capture a model, run the passes, print the report."""
+    options = _arguments(argv)
+    config = LetheConfig()
+    passes = pipeline(config.decay)
+    names = [step.name for step in passes]
+    if options.print_after is not None and options.print_after not in names:
+        raise InputError(f"no pass is called {options.print_after!r}; there are {', '.join(names)}")
+
+    def observe(name: str, program: Program) -> None:
+        if name == options.print_after:
+            print(program.graph)
+
+    captured = capture(_models.load_model(options.model))
+    result = run_pipeline(captured.program, passes, observe)
+    site = result.program.sites[0]
+    device = result.program.input_ids.meta["val"].device
+    report = Report.of(result.records, result.program.sites, config, site.node.meta["val"].dtype, device)
+    Console().print(report)
+    if options.json is not None:
+        options.json.write_text(report.to_json() + "\n")
+    return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="lethe inspect", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help=_models.HELP)
+    parser.add_argument("--print-after", metavar="PASS", help="print the graph as it is after this pass")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
