@@ -261,7 +261,7 @@ class KVCache:
             raise InputError(f"{list(values)} is not a number of tokens >= 0 for each of {self.rows} rows")
         return array
 
-    def _held(self) -> Counts:
+    def pages_held(self) -> Counts:
         """[layers, rows] pages held."""
         held = np.zeros_like(self.lengths)
         for pool in self._pools:
