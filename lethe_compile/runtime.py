@@ -104,6 +104,8 @@ class OptimizedModel(nn.Module):
         """Real tokens of each row [rows], and the columns [rows, T] in an order that brings them to the front."""
         if ids.dim() != 2 or 0 in ids.shape:
             raise InputError(f"input_ids must be [rows, T] with at least one row and token, not {list(ids.shape)}")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"input_ids must hold int64 or int32 token ids, not {ids.dtype}")
         if bool((ids < 0).any()) or int(ids.max()) >= self.vocab_size:
             raise InputError(f"input_ids hold ids outside the vocabulary 0..{self.vocab_size - 1}")
         if self.max_positions is not None and ids.shape[1] > self.max_positions:

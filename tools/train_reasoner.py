@@ -1,6 +1,6 @@
 """Trains the reasoner of `models/reasoner` from scratch on one device, and evaluates it free-running.
 
-    PYTHONPATH=. python3 tools/train_reasoner.py --out runs/reasoner --seconds 400
+    PYTHONPATH=. python3 tools/train_reasoner.py --out runs/reasoner --seconds 285
 
 Short traces first, then longer ones, then all lengths mixed. A stage ends early once its loss is low, so the time
 goes where it is needed. The loss counts trace tokens only: a prompt is random. Writes the model (bf16 shards), the
@@ -14,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from lethe_compile.models.reasoner.rollout import score
+from lethe_compile.models.reasoner.sharpness import EntropyMeter, metered_attention
 from lethe_compile.models.reasoner.task import FAMILIES, generate_problems, sequences
 from lethe_compile.models.reasoner.vocabulary import BOS, EOS, PAD, WORDS
 
 PROMPT_ROOM = 80  # tokens kept for the prompt within a sequence
-SHORTEST = 0.7  # a length class L holds traces of 0.7 L - 80 tokens and more: little padding
+SHORTEST_TRACE = 120
 FIRST_STAGE, MIDDLE_STAGES = 0.3, 0.3  # at most these shares of the run, before all lengths are mixed
 STAGE_DONE = 0.01  # nats per token
 POOL_BATCHES = 48  # batches generated at once: the simulators are sequential in time, wide in problems
@@ -40,7 +42,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=400.0, help="time for training; the schedule follows it")
     parser.add_argument("--steps", type=int, default=1_000_000, help="stop after so many steps, if that is sooner")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 3072, 4096], metavar="L")
+    parser.add_argument(
+        "--fill", type=float, default=0.0, metavar="F",
+        help="a length class L holds traces of at least F * L - 80 tokens, which saves padding but leaves gaps between "
+        "the classes; 0: all that do not fit the next shorter class",
+    )  # fmt: skip
+    parser.add_argument("--init", type=Path, help="continue from the model in this directory, all lengths mixed")
     parser.add_argument("--batch-tokens", type=int, default=160_000)
+    parser.add_argument(
+        "--entropy", type=float, default=0.0, metavar="WEIGHT",
+        help="weight of the mean attention entropy in the loss: sharpens a trained model (0.01, with --init)",
+    )  # fmt: skip
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--warmup", type=int, default=150, metavar="STEPS")
@@ -50,7 +62,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--save-every", type=float, default=120.0, metavar="SECONDS")
     parser.add_argument("--log-every", type=int, default=50, metavar="STEPS")
-    parser.add_argument("--eval-problems", type=int, default=256, help="per family and length bucket; 0: none")
+    parser.add_argument("--eval-problems", type=int, default=600, help="per family; 0: none")
     parser.add_argument("--eval-buckets", type=int, nargs="+", default=[1000, 2000, 3000, 4000], metavar="EDGE")
     return parser.parse_args(argv)
 
@@ -96,19 +108,27 @@ def save_tokenizer(out: Path, longest: int) -> None:
 class Batches:
     """Endless batches of a length class, all families mixed, from pools of fresh problems."""
 
-    def __init__(self, tokens: int, device: str, seed: int) -> None:
-        self.tokens, self.device, self.seed = tokens, device, seed
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.tokens, self.device, self.fill = options.batch_tokens, options.device, options.fill
+        self.seed = 1_000_003 * (options.seed + 1)
+        self.lengths = sorted(options.lengths)
         self.pools: dict[int, Iterator[tuple[Tensor, Tensor]]] = {}
+
+    def _range(self, length: int) -> tuple[int, int]:
+        """Fewest and most trace tokens of a length class."""
+        shorter = [other for other in self.lengths if other < length]
+        least = shorter[-1] - PROMPT_ROOM if shorter else SHORTEST_TRACE
+        if self.fill:
+            least = int(self.fill * length) - PROMPT_ROOM
+        return least, length - PROMPT_ROOM
 
     def _pool(self, length: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         each = math.ceil(rows * POOL_BATCHES / len(FAMILIES))
         parts = []
         for family in FAMILIES:
             self.seed += 1
-            low, high = int(SHORTEST * length) - PROMPT_ROOM, length - PROMPT_ROOM
-            fresh = generate_problems(
-                family, each, seed=self.seed, min_tokens=low, max_tokens=high, device=self.device
-            )
+            low, high = self._range(length)
+            fresh = generate_problems(family, each, seed=self.seed, min_tokens=low, max_tokens=high, device=self.device)
             parts.append(sequences(fresh, length))
         ids, mask = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         for chosen in torch.randperm(len(ids), device=ids.device)[: rows * POOL_BATCHES].split(rows):
@@ -127,10 +147,10 @@ class Batches:
 class Curriculum:
     """Length classes by stage: the shortest, then pairs of neighbours, then all."""
 
-    def __init__(self, lengths: list[int]) -> None:
+    def __init__(self, lengths: list[int], skip: bool = False) -> None:
         self.stages = [lengths[:1], *(lengths[i : i + 2] for i in range(len(lengths) - 1)), lengths]
-        self.stage = 0
-        self.loss = math.inf  # running mean within the stage
+        self.stage = len(self.stages) - 1 if skip else 0
+        self.loss = math.inf  # of the last steps within the stage
 
     def choose(self, progress: float) -> int:
         """Length class for the next batch; longer ones are drawn more often."""
@@ -144,53 +164,60 @@ class Curriculum:
 
     def observe(self, loss: float) -> None:
         """Takes in the loss of recent steps."""
-        self.loss = loss if math.isinf(self.loss) else 0.5 * self.loss + 0.5 * loss
+        self.loss = loss
 
 
-def train(model: Any, options: argparse.Namespace) -> dict[str, float]:
-    """Trains in place; returns steps, seconds, tokens and the last loss."""
-    device = torch.device(options.device)
+def rate_share(step: int, warmup: int, progress: float) -> float:
+    """Learning rate as a share of its peak: linear warm-up, then a cosine down to 1%."""
+    return min(1.0, (step + 1) / warmup) * (0.01 + 0.495 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def build_optimizer(model: Any, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW; norms are not decayed."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=device.type == "cuda")
-    batches, curriculum = Batches(options.batch_tokens, options.device, 1_000_003 * (options.seed + 1)), None
-    curriculum = Curriculum(options.lengths)
-    start = saved = logged = time.perf_counter()
-    progress, tokens, step, window, mean = 0.0, 0, 0, torch.zeros((), device=device), math.nan
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=options.device.startswith("cuda"))
+
+
+def train(model: Any, options: argparse.Namespace, meter: EntropyMeter | None) -> dict[str, float]:
+    """Trains in place; returns steps, seconds, tokens and the last loss."""
+    optimizer, batches = build_optimizer(model, options), Batches(options)
+    curriculum = Curriculum(options.lengths, skip=options.init is not None)
+    losses, mean, tokens, step, progress = torch.zeros(2, device=options.device), math.nan, 0, 0, 0.0
+    start = saved = time.perf_counter()
     while progress < 1.0:
-        elapsed = time.perf_counter() - start
-        progress = max(elapsed / options.seconds, step / options.steps)
-        length = curriculum.choose(progress)
-        ids, labels = batches.draw(length)
-        rate = options.lr * min(1.0, (step + 1) / options.warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+        ids, labels = batches.draw(curriculum.choose(progress))
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        window += update(model, optimizer, ids, labels)
+            group["lr"] = options.lr * rate_share(step, options.warmup, progress)
+        losses += update(model, optimizer, ids, labels, meter, options.entropy)
         step, tokens = step + 1, tokens + ids.numel()
+        progress = max((time.perf_counter() - start) / options.seconds, step / options.steps)
         if step % options.log_every == 0:
-            mean, now = window.item() / options.log_every, time.perf_counter()
+            (mean, entropy), seconds = (losses / options.log_every).tolist(), time.perf_counter() - start
+            losses.zero_()
             curriculum.observe(mean)
-            speed = options.log_every * options.batch_tokens / (now - logged)
-            print(f"{now - start:6.1f}s step {step} stage {curriculum.stage} loss {mean:.5f} lr {rate:.1e} {speed:,.0f} tok/s", flush=True)
-            window.zero_()
-            logged = now
+            state = f"step {step} stage {curriculum.stage} loss {mean:.6f} entropy {entropy:.3f}"
+            print(f"{seconds:6.1f} s  {state}  {tokens / seconds:,.0f} tokens/s", flush=True)
         if time.perf_counter() - saved > options.save_every:
             save(model, options.out)
             saved = time.perf_counter()
     return {"steps": step, "seconds": time.perf_counter() - start, "tokens": tokens, "loss": mean}
 
 
-def update(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, labels: Tensor) -> Tensor:
-    """One optimizer step on ids [rows, length]; returns the mean loss per trace token, detached."""
+def update(
+    model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, labels: Tensor, meter: EntropyMeter | None, weight: float
+) -> Tensor:
+    """One optimizer step on ids [rows, length]; returns the mean loss per trace token and the entropy, detached."""
     with torch.autocast(ids.device.type, torch.bfloat16):
         logits = model(input_ids=ids, use_cache=False).logits
     loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-    loss.backward()  # type: ignore[no-untyped-call]
+    entropy = loss.new_zeros(()) if meter is None else meter.drain()
+    (loss + weight * entropy).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
+    return torch.stack([loss, entropy]).detach()
 
 
 def evaluate(out: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -199,26 +226,32 @@ def evaluate(out: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).to(options.device).eval()
     rows = []
-    for bucket in zip(options.eval_buckets, options.eval_buckets[1:], strict=False):
-        for family in FAMILIES:
-            start = time.perf_counter()
-            row = score(model, family, bucket, options.eval_problems, seed=options.seed + 77)
-            rows.append(row | {"seconds": round(time.perf_counter() - start, 1)})
-            print(json.dumps(rows[-1]), flush=True)
+    for family in FAMILIES:
+        start = time.perf_counter()
+        for row in score(model, family, options.eval_buckets, options.eval_problems, seed=options.seed + 77):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+        print(f"{family}: {time.perf_counter() - start:.0f} s", flush=True)
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     """Trains, saves, evaluates."""
+    from transformers import AutoModelForCausalLM
+
     options = arguments(argv)
     torch.manual_seed(options.seed)
     longest = max(options.lengths)
-    model = build_model(options.layers, options.width, longest).to(options.device)
+    model = build_model(options.layers, options.width, longest)
+    if options.init is not None:
+        model = AutoModelForCausalLM.from_pretrained(options.init, dtype=torch.float32)
+    model.to(options.device).train()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(WORDS)} words", flush=True)
     if options.compile:  # one layer is compiled once, for every length
         for layer in model.model.layers:
             layer.compile(dynamic=True)
-    summary = train(model, options)
+    with metered_attention() if options.entropy else nullcontext() as meter:
+        summary = train(model, options, meter)
     save(model, options.out)
     save_tokenizer(options.out, longest)
     results = evaluate(options.out, options) if options.eval_problems else []

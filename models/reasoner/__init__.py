@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .task import FAMILIES, Problems, generate_problems, solved, token_accuracy
 
@@ -26,8 +26,8 @@ def load_model(dtype: torch.dtype | str = "float32", device: str = "cpu", **opti
     """The trained model in eval mode; `options` go to `AutoModelForCausalLM.from_pretrained`."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path(), dtype=dtype, **options)
-    return model.to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path(), dtype=dtype, **options)
+    return cast("PreTrainedModel", model.to(device).eval())
 
 
 def load_tokenizer() -> PreTrainedTokenizerBase:

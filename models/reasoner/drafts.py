@@ -15,7 +15,7 @@ from torch import Tensor
 from .vocabulary import COUNTER, COUNTERS, EOS, ID, PAD
 
 ABSENT = -1
-CYCLE = 12  # least common multiple of the check periods: a counter shifted by it leaves the check lines in place
+CYCLE = 6  # least common multiple of the check periods: a counter shifted by it leaves the check lines in place
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,17 @@ class Draft:
 def randint(high: int, shape: tuple[int, ...], generator: torch.Generator, low: int = 0) -> Tensor:
     """Uniform integers in low..high-1 on the generator's device."""
     return torch.randint(low, high, shape, generator=generator, device=generator.device)
+
+
+def used(count: Tensor, width: int) -> Tensor:
+    """Which of `width` places the first count [n] are: bool [n, width]."""
+    return torch.arange(width, device=count.device) < count[:, None]
+
+
+def named(first: int, values: Tensor, present: Tensor) -> Tensor:
+    """Slots `name value` of the present ones: values [..., w] -> [..., 2w]; names are the ids from `first` on."""
+    names = torch.arange(first, first + values.shape[-1], device=values.device).expand_as(values)
+    return torch.where(present[..., None], torch.stack([names, values], -1), ABSENT).flatten(-2)
 
 
 def compact(slots: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,14 @@
 """Family `loop`: a short program over a few registers, run line by line until its counter meets the limit.
 
-    prompt  <bos> loop n7 n31 e3 let k1 +3 k2 +5 init a 4 b 9 c 0 d 2 L1 a + b a L2 b k1 L3 a <3 d k2 end print d :
-    trace   k1 3 k2 8  n7 n31 go  L1 a 4 + b 9 a 13  L2 b 9 k1 b 12  L3 a 13 no end  n8 n31 go  ...
+    prompt  <bos> loop n7 n31 e3 let k1 +3 k2 +5 init a 4 b 9 c 0 d 2 L1 a + b a L2 b k2 L3 a <3 d +7 print d :
+    trace   k1 3 k2 8  n7 n31 go  L1 a 4 + b 9 a 13  L2 b 9 k2 b 1  L3 a 13 d +7 no  print d 2  n8 n31 go  ...
             n31 n31 halt d 10 <eos>
 
-Lines: `L1 a + b a` is a := a + b, `L2 b k1` is b := b + k1, and `L3 a <3 d k2` is d := d + k2 when a < 3, all modulo
-16. Every e-th iteration opens with a check line that restates all registers. What a reader of the trace must keep:
-the program and its thresholds (only in the prompt), the constants k (derived once, at the start of the trace, read in
-every iteration), each register's newest value, and one register that is rarely written. Everything else is superseded.
+Lines: `L1 a + b a` is a := a + b, `L2 b k2` is b := b + k2, and `L3 a <3 d +7` is d := d + 7 when a < 3, all modulo
+16. The counter's iterations that e divides open with a check line that restates all registers. What a reader of the
+trace must keep: the program with its thresholds (never restated), the constants k (derived once, at the start of the
+trace, read in every iteration), each register's newest value, and one register that is rarely written and rarely
+read. Everything else is superseded or said again.
 """
 
 from __future__ import annotations
@@ -15,24 +16,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .drafts import ABSENT, CYCLE, Draft, randint
+from .drafts import ABSENT, CYCLE, Draft, named, randint, used
 from .vocabulary import (
-    BOS, CONSTANT, CONSTANTS, ID, INCREMENT, LINE, LINES, MODULUS, PERIOD, PERIODS, REGISTER, REGISTERS, THRESHOLD,
-    THRESHOLDS, VALUE,
-)  # fmt: skip
+    BOS,
+    CONSTANT,
+    CONSTANTS,
+    ID,
+    INCREMENT,
+    LINE,
+    LINES,
+    MODULUS,
+    PERIOD,
+    PERIODS,
+    REGISTER,
+    REGISTERS,
+    THRESHOLD,
+    THRESHOLDS,
+    VALUE,
+)
 
-SHORTEST_ITERATION = 26  # tokens, without check lines
+SHORTEST_ITERATION = 24  # tokens, without check lines
 _BINARY, _ADD_CONSTANT, _GUARDED = 1, 2, 3  # kinds of lines; 0 is no line
-Program = dict[str, Tensor]  # each [n], or [n, 6] when it describes the lines
+Program = dict[str, Tensor]  # each [n], or [n, 5] when it describes the lines
 
 
 def sample(n: int, generator: torch.Generator) -> Program:
-    """Random programs: 4-6 registers, 2-4 constants, 4-6 lines of which each kind stands at least once."""
+    """Random programs: 4-6 registers, 2-4 constants, 3-5 lines of which each kind stands at least once."""
 
     def draw(high: int, *shape: int, low: int = 0) -> Tensor:
         return randint(high, (n, *shape), generator, low)
 
-    registers, constants, lines = draw(7, low=4), draw(5, low=2), draw(7, low=4)
+    registers, constants, lines = draw(7, low=4), draw(5, low=2), draw(6, low=3)
     width, wide = len(LINES), registers[:, None]
     active = torch.arange(width, device=generator.device) < lines[:, None]
     order = torch.rand(n, width, generator=generator, device=generator.device).masked_fill(~active, 2.0).argsort(1)
@@ -49,13 +63,14 @@ def sample(n: int, generator: torch.Generator) -> Program:
         "registers": registers, "constants": constants, "kind": kind, "left": left, "out": out,
         "right": (left + 1 + draw(1 << 30, width) % (wide - 1)) % wide, "minus": draw(2, width),
         "constant": draw(1 << 30, width) % constants[:, None], "threshold": draw(len(THRESHOLDS) + 1, width, low=1),
+        "increment": draw(MODULUS, width, low=1),
         "initial": draw(MODULUS, len(REGISTERS)), "steps": draw(MODULUS, len(CONSTANTS), low=1),
         "period": draw(PERIODS[-1] + 1, low=PERIODS[0]), "phase": draw(CYCLE), "printed": draw(1 << 30) % registers,
     }  # fmt: skip
 
 
 def execute(program: Program, iterations: int) -> dict[str, Tensor]:
-    """Runs all programs: operands and results of each line [n, iterations, 6], registers before each [n, ..., 6]."""
+    """Runs all programs: operands and results of each line [n, iterations, 5], registers before each [n, ..., 6]."""
     registers, constants = program["initial"], program["steps"].cumsum(1) % MODULUS
     names = ("left", "right", "old", "new", "fired")
     record: dict[str, list[Tensor]] = {name: [] for name in (*names, "registers")}
@@ -66,7 +81,8 @@ def execute(program: Program, iterations: int) -> dict[str, Tensor]:
             kind, minus = program["kind"][:, line, None], program["minus"][:, line, None]
             a, b, old = registers.gather(1, left), registers.gather(1, right), registers.gather(1, out)
             fired = (kind != _GUARDED) | (a < program["threshold"][:, line, None])
-            new = torch.where(kind == _BINARY, a + b - 2 * b * minus, old + constants.gather(1, amount)) % MODULUS
+            step = torch.where(kind == _GUARDED, program["increment"][:, line, None], constants.gather(1, amount))
+            new = torch.where(kind == _BINARY, a + b - 2 * b * minus, old + step) % MODULUS
             registers = registers.scatter(1, out, torch.where((kind > 0) & fired, new, old))
             for name, value in zip(names, (a, b, old, new, fired), strict=True):
                 record[name].append(value)
@@ -79,27 +95,18 @@ def draft(n: int, generator: torch.Generator, max_tokens: int) -> Draft:
     """n simulated programs, each long enough to fill max_tokens."""
     program = sample(n, generator)
     iterations = max_tokens // SHORTEST_ITERATION + 2
-    run = execute(program, iterations)
-    used = _used(program["registers"], len(REGISTERS))
-    printed = program["printed"][:, None, None].expand(n, iterations, 1)
+    run = execute(program, iterations + 1)
+    present = used(program["registers"], len(REGISTERS))
+    printed = program["printed"][:, None, None].expand(n, iterations + 1, 1)
     closing = torch.cat([REGISTER + printed, VALUE + run["registers"].gather(2, printed)], 2)
     headers = torch.ones(n, iterations, dtype=torch.bool, device=generator.device)
-    units = _units(program, run, used)
-    return Draft(_prompt(program, used), _preamble(program), units, headers, program["phase"], closing)
+    units = _units(program, {name: values[:, :-1] for name, values in run.items()}, present, closing[:, 1:])
+    closing = closing[:, :-1]
+    return Draft(_prompt(program, present), _preamble(program), units, headers, program["phase"], closing)
 
 
-def _used(count: Tensor, width: int) -> Tensor:
-    return torch.arange(width, device=count.device) < count[:, None]
-
-
-def _named(first: int, values: Tensor, used: Tensor) -> Tensor:
-    """Slots `name value` for each of the used ones: values [..., w] -> [..., 2w]."""
-    names = torch.arange(first, first + values.shape[-1], device=values.device).expand_as(values)
-    return torch.where(used[..., None], torch.stack([names, values], -1), ABSENT).flatten(-2)
-
-
-def _prompt(program: Program, used: Tensor) -> Tensor:
-    kind, n = program["kind"], used.shape[0]
+def _prompt(program: Program, present: Tensor) -> Tensor:
+    kind, n = program["kind"], present.shape[0]
     left, right, out = (REGISTER + program[name] for name in ("left", "right", "out"))
     sign, constant = ID["+"] + program["minus"], CONSTANT + program["constant"]
     gap = torch.full_like(kind, ABSENT)
@@ -108,7 +115,7 @@ def _prompt(program: Program, used: Tensor) -> Tensor:
         (gap, gap, gap, gap, gap),
         (label, left, sign, right, out),
         (label, out, constant, gap, gap),
-        (label, left, THRESHOLD + program["threshold"], out, constant),
+        (label, left, THRESHOLD + program["threshold"], out, INCREMENT + program["increment"]),
     )
     table = torch.stack([torch.stack(layout, 2) for layout in layouts])  # [kind, n, line, slot]
     lines = table.gather(0, kind[None, :, :, None].expand(1, -1, -1, 5))[0].flatten(1)
@@ -116,52 +123,51 @@ def _prompt(program: Program, used: Tensor) -> Tensor:
     def word(text: str) -> Tensor:
         return torch.full((n, 1), ID[text], device=kind.device)
 
-    steps = _named(CONSTANT, INCREMENT + program["steps"], _used(program["constants"], len(CONSTANTS)))
-    initial = _named(REGISTER, VALUE + program["initial"], used)
+    steps = named(CONSTANT, INCREMENT + program["steps"], used(program["constants"], len(CONSTANTS)))
+    initial = named(REGISTER, VALUE + program["initial"], present)
     head = [torch.full((n, 1), BOS, device=kind.device), word("loop"), word("n0"), word("n0")]
     period, printed = PERIOD + program["period"][:, None], REGISTER + program["printed"][:, None]
-    body = [period, word("let"), steps, word("init"), initial, lines, word("end"), word("print"), printed, word(":")]
+    body = [period, word("let"), steps, word("init"), initial, lines, word("print"), printed, word(":")]
     return torch.cat(head + body, 1)
 
 
 def _preamble(program: Program) -> Tensor:
     values = VALUE + program["steps"].cumsum(1) % MODULUS
-    return _named(CONSTANT, values, _used(program["constants"], len(CONSTANTS)))
+    return named(CONSTANT, values, used(program["constants"], len(CONSTANTS)))
 
 
-def _units(program: Program, run: dict[str, Tensor], used: Tensor) -> Tensor:
-    """Slots of every iteration [n, iterations, 71]: counter, limit, go, check line, six lines of nine, end."""
+def _units(program: Program, run: dict[str, Tensor], present: Tensor, closing: Tensor) -> Tensor:
+    """Slots of every iteration [n, iterations, S]: counter, limit, go, check, five lines of ten, the print."""
     n, iterations, _ = run["registers"].shape
     shape = (n, iterations, len(LINES))
-    kind, left, right, out, minus, constant = (
-        program[name][:, None].expand(shape) for name in ("kind", "left", "right", "out", "minus", "constant")
-    )
+    names = ("kind", "left", "right", "out", "minus", "constant", "increment")
+    kind, left, right, out, minus, constant, increment = (program[name][:, None].expand(shape) for name in names)
     a, b, old, new = (VALUE + run[name] for name in ("left", "right", "old", "new"))
     left, right, out, constant = REGISTER + left, REGISTER + right, REGISTER + out, CONSTANT + constant
     gap = torch.full_like(a, ABSENT)
     label = torch.arange(LINE, LINE + len(LINES), device=kind.device).expand(shape)
     verdict = torch.where(run["fired"], ID["yes"], ID["no"])
-    guarded = [torch.where(run["fired"], slot, ABSENT) for slot in (out, old, constant, out, new)]
+    guarded = [torch.where(run["fired"], slot, ABSENT) for slot in (out, old, out, new)]
     layouts = (
-        (gap,) * 9,
-        (label, left, a, ID["+"] + minus, right, b, out, new, gap),
-        (label, out, old, constant, out, new, gap, gap, gap),
-        (label, left, a, verdict, *guarded),
+        (gap,) * 10,
+        (label, left, a, ID["+"] + minus, right, b, out, new, gap, gap),
+        (label, out, old, constant, out, new, gap, gap, gap, gap),
+        (label, left, a, out, INCREMENT + increment, verdict, *guarded),
     )
-    lines = torch.full((*shape, 9), ABSENT, dtype=torch.int16, device=kind.device)
+    lines = torch.full((*shape, 10), ABSENT, dtype=torch.int16, device=kind.device)
     for index, layout in enumerate(layouts):
         lines = torch.where((kind == index)[..., None], torch.stack(layout, -1).short(), lines)
-    checks = _checks(program, run["registers"], used)
+    checks = _checks(program, run["registers"], present)
     header = torch.full((n, iterations, 3), ID["go"], dtype=torch.int16, device=kind.device)
-    end = torch.full((n, iterations, 1), ID["end"], dtype=torch.int16, device=kind.device)
-    return torch.cat([header, checks.short(), lines.flatten(2), end], 2)
+    shown = torch.full_like(closing, ID["print"])[..., :1]
+    return torch.cat([header, checks.short(), lines.flatten(2), torch.cat([shown, closing], 2).short()], 2)
 
 
-def _checks(program: Program, registers: Tensor, used: Tensor) -> Tensor:
+def _checks(program: Program, registers: Tensor, present: Tensor) -> Tensor:
     """Slots `check a 4 b 9 ...` [n, iterations, 13] in iterations whose counter the period divides."""
     n, iterations, _ = registers.shape
-    count = program["phase"][:, None] + torch.arange(iterations, device=used.device)
+    count = program["phase"][:, None] + torch.arange(iterations, device=present.device)
     due = (count % program["period"][:, None] == 0)[..., None]
-    pairs = _named(REGISTER, VALUE + registers, used[:, None].expand_as(registers))
-    mark = torch.full((n, iterations, 1), ID["check"], device=used.device)
+    pairs = named(REGISTER, VALUE + registers, present[:, None].expand_as(registers))
+    mark = torch.full((n, iterations, 1), ID["check"], device=present.device)
     return torch.where(due, torch.cat([mark, pairs], 2), ABSENT)

@@ -7,7 +7,8 @@ change the attention logits, which is how cache policies are probed without touc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -83,21 +84,23 @@ def generate(model: Any, problems: Problems, max_new_tokens: int, hook: Attentio
 
 
 def score(
-    model: Any, family: str, bucket: tuple[int, int], n: int, seed: int, hook: AttentionHook | None = None
-) -> dict[str, Any]:
-    """Solves n fresh problems of a family whose traces have bucket[0]..bucket[1] tokens, free-running."""
+    model: Any, family: str, edges: Sequence[int], n: int, seed: int, hook: AttentionHook | None = None
+) -> list[dict[str, Any]]:
+    """Solves n fresh problems of a family, free-running: a row for each bucket of trace tokens between two edges."""
     device = model.lm_head.weight.device
-    fresh = generate_problems(family, n, seed=seed, min_tokens=bucket[0], max_tokens=bucket[1], device=device)
-    output = generate(model, fresh, bucket[1] + 64, hook)
-    return {
-        "family": family,
-        "min_tokens": bucket[0],
-        "max_tokens": bucket[1],
-        "problems": n,
-        "solved": solved(fresh, output).float().mean().item(),
-        "terminated": (output == EOS).any(1).float().mean().item(),
-        "token_accuracy": token_accuracy(fresh, output).mean().item(),
-        "mean_prompt_tokens": fresh.prompt_lengths.float().mean().item(),
-        "mean_trace_tokens": fresh.trace_lengths.float().mean().item(),
-        "mean_new_tokens": (output != PAD).sum(1).float().mean().item(),
+    fresh = generate_problems(family, n, seed=seed, min_tokens=edges[0], max_tokens=edges[-1], device=device)
+    output = generate(model, fresh, edges[-1] + 64, hook)
+    measures = {
+        "solved": solved(fresh, output),
+        "terminated": (output == EOS).any(1),
+        "token_accuracy": token_accuracy(fresh, output),
+        "mean_prompt_tokens": fresh.prompt_lengths,
+        "mean_trace_tokens": fresh.trace_lengths,
+        "mean_new_tokens": (output != PAD).sum(1),
     }
+    rows: list[dict[str, Any]] = []
+    for low, high in pairwise(edges):
+        inside = (fresh.trace_lengths >= low) & (fresh.trace_lengths < high + (high == edges[-1]))
+        row = {"family": family, "min_tokens": low, "max_tokens": high, "problems": int(inside.sum())}
+        rows.append(row | {name: values[inside].float().mean().item() for name, values in measures.items()})
+    return rows

@@ -18,7 +18,7 @@ from .drafts import Draft, compact, finish
 from .vocabulary import EOS, PAD, parse, render
 
 __all__ = [
-    "EOS", "FAMILIES", "PAD", "Problems", "generate_problems", "parse", "render", "solved", "sequences",
+    "EOS", "FAMILIES", "PAD", "Problems", "generate_problems", "parse", "render", "sequences", "solved",
     "token_accuracy",
 ]  # fmt: skip
 

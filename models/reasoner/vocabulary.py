@@ -8,12 +8,12 @@ MODULUS = 16  # every value, weight and sum lives in 0..15
 COUNTERS = 256  # `n0`..`n255`: iteration and lap counters, one token each
 REGISTERS = tuple("abcdef")
 CONSTANTS = ("k1", "k2", "k3", "k4")
-LINES = ("L1", "L2", "L3", "L4", "L5", "L6")
-NODES = ("O", *"ABCDEFGH")  # `O` is the origin of a walk
-PERIODS = (2, 3, 4)  # a check line every so many iterations
+LINES = ("L1", "L2", "L3", "L4", "L5")
+NODES = ("O", *"ABCDEFG")  # `O` is the origin of a walk
+PERIODS = (2, 3)  # a check line every so many iterations
 THRESHOLDS = (1, 2, 3, 4)
 
-_MARKS = ("loop", "walk", "let", "init", "end", "print", "state", "sum", ":", "go", "halt", "check", "yes", "no", "at")
+_MARKS = ("loop", "walk", "let", "init", "print", "state", "sum", ":", "go", "halt", "check", "yes", "no", "at")
 WORDS: tuple[str, ...] = (
     "<pad>", "<bos>", "<eos>", *_MARKS, "+", "-",
     *(str(value) for value in range(MODULUS)),
