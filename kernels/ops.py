@@ -1,7 +1,7 @@
 """The one place that registers the `lethe::` operators. Importing this module makes them exist.
 
 `lethe::attention_site` marks, in a captured graph, a call of a model's own attention; a pass replaces every one.
-`lethe::attention` is the canonical op: it appends, attends over the retained slots, and accumulates RASR mass.
+`lethe::attention` is the canonical op: it appends, attends over the retained slots, and scores them by what they got.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ def attention_site(
 ) -> Tensor:
     """Uncached attention as transformers' eager function computes it, one node in the graph.
 
-    query ``[B, H, T, Dk]``, key ``[B, Hkv, S, Dk]``, value ``[B, Hkv, S, Dv]``, mask additive or boolean, broadcastable to
-    ``[B, H, T, S]``; returns ``[B, H, T, Dv]``. `window` is what the model says of the layer: the mask is what counts.
+    query ``[B, H, T, Dk]``, key ``[B, Hkv, S, Dk]``, value ``[B, Hkv, S, Dv]``, mask additive or boolean, broadcastable
+    to ``[B, H, T, S]``; returns ``[B, H, T, Dv]``. `window` is what the model says of the layer: the mask is what
+    counts.
     """
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
@@ -43,25 +44,7 @@ def attention_site(
     return torch.matmul(probability.to(query.dtype), value)
 
 
-@attention_site.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    layer: int,
-) -> Tensor:
-    return query.new_empty(query.shape[0], query.shape[1], query.shape[2], value.shape[3])
-
-
-@torch.library.custom_op(
-    "lethe::attention", mutates_args=("k_pages", "v_pages", "slot_position", "slot_mass", "length")
-)
-def attention(
+def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -79,14 +62,15 @@ def attention(
     softcap: float | None,
     layer: int,
     decay: float | None,
+    peak: bool = False,
 ) -> Tensor:
     """Cached attention of one layer; `page_table` and `length` hold all layers: ``[layers, rows, …]``.
 
     Other shapes and the effects on the state are those of `kernels.attention.reference.attention`.
     """
     table, retained = page_table[layer], length[layer]
-    on_cpu = query.device.type == "cpu" and cpu.serves(k_pages, v_pages, table, retained + new_lengths)
-    kernel = cpu.attention if on_cpu else reference.attention
+    served = query.is_cpu and cpu.serves(query, k_pages, v_pages, table, retained + new_lengths)
+    kernel = cpu.attention if served else reference.attention
     return kernel(
         query,
         key,
@@ -104,27 +88,22 @@ def attention(
         softcap=softcap,
         sinks=sinks,
         decay=decay,
+        peak=peak,
     )
 
 
-@attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slot_position: Tensor,
-    slot_mass: Tensor,
-    page_table: Tensor,
-    length: Tensor,
-    positions: Tensor,
-    new_lengths: Tensor,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    layer: int,
-    decay: float | None,
-) -> Tensor:
+def _output(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    """What both return, as far as shapes, strides and dtypes go."""
     return query.new_empty(query.shape[0], query.shape[1], query.shape[2], value.shape[3])
+
+
+attention_site.register_fake(_output)
+
+# Not a `custom_op`, whose autograd and version-counter wrappers, in Python, take 90 µs a call: this takes 8.
+torch.library.define(
+    "lethe::attention",
+    torch.library.infer_schema(_attention, mutates_args=("k_pages", "v_pages", "slot_position", "slot_mass", "length")),
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl("lethe::attention", "CompositeExplicitAutograd", torch.no_grad()(_attention))
+torch.library.register_fake("lethe::attention", _output)

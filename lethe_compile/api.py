@@ -46,10 +46,10 @@ def optimize(
     config = config or LetheConfig()
     if policy is not None:
         config = replace(config, policy=policy)
-    decay = make_policy(config).decay
+    rule = make_policy(config)
 
     captured = capture(model, example_inputs)
-    result = run_pipeline(captured.program, pipeline(decay))
+    result = run_pipeline(captured.program, pipeline(rule.decay, rule.peak))
     fast = OptimizedModel(
         result.program,
         config,

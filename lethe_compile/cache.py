@@ -88,7 +88,10 @@ class KVCache:
         shape = (len(self.pool_of_layer), rows)
         self.rows = rows
         self.lengths = np.zeros(shape, np.int64)  # `length` as the host knows it
-        self.length.resize_(shape).zero_()
+        if self.length.shape == shape:
+            self.length.zero_()
+        else:
+            self.length = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self.bytes_peak = self.bytes_freed = self.pool_bytes_peak = 0
         self._sampled = self._samples = 0
         hint = self._pages(max_tokens_hint)

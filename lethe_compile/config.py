@@ -28,7 +28,7 @@ class LetheConfig:
     policy: str = "lethe"
     """Registered name of the eviction policy: `lethe`, `full` (evicts nothing), or one of your own."""
 
-    sparse_ratio: float = 400.0
+    sparse_ratio: float = 20.0
     """τ: the highest score must exceed a score τ times for that one to be prunable. Ratio in (1, 1e30]; larger keeps
     more. Paper: 400."""
 
@@ -36,13 +36,18 @@ class LetheConfig:
     """Share of a sequence's retained tokens, counted from the newest, that a round never evicts: the grace of new
     tokens, whose scores are still small. In [0, 1]; at least one token is kept in any case. Paper: 0.3."""
 
-    segments: int = 8
+    segments: int = 16
     """D: equal segments of the sorted scores between which a breakpoint is looked for. 2..1024. More segments cut
     closer to the first prunable score; fewer are safer, since the first n/D tokens always stay. Not in the paper."""
 
     decay: float = 0.98
     """γ: factor on every token's score at each decode step (RASR). In (0, 1]; 1 never forgets. A score halves in
     ln 2 / (1 - γ) steps, 35 at 0.98. Not in the paper."""
+
+    score: str = "peak"
+    """What a token's score gathers from a step: "peak", its largest attention probability over heads and queries, kept as
+    `max(γ·s, peak)`; or "sum", the paper's RASR, the sum over heads and queries, kept as `γ·s + sum`. A sum also counts
+    the little that idle heads spread over everything, which drowns what one head really reads."""
 
     sink_tokens: int = 4
     """Tokens at positions 0..sink_tokens-1, which a round never evicts. 0..1024. Not in the paper."""
@@ -92,7 +97,7 @@ class LetheConfig:
     @classmethod
     def paper(cls) -> LetheConfig:
         """The published method: the paper's values, batch-summed scores, no protection of the prompt."""
-        return cls(sparse_ratio=400.0, recent_ratio=0.3, paper_literal=True, protect_prompt=False)
+        return cls(sparse_ratio=400.0, recent_ratio=0.3, score="sum", paper_literal=True, protect_prompt=False)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-ready values; `from_dict` reads them back."""
@@ -146,6 +151,7 @@ _RULES: Mapping[str, _Rule] = {
     "recent_ratio": _number("in [0, 1]", lambda v: 0 <= v <= 1),
     "segments": _integer(2, 1024),
     "decay": _number("in (0, 1]", lambda v: 0 < v <= 1),
+    "score": _Rule("'peak' or 'sum'", lambda v: v in ("peak", "sum")),
     "sink_tokens": _integer(0, 1024),
     "prune_threshold": _integer(1),
     "prune_interval": _integer(1),

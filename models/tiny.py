@@ -52,7 +52,7 @@ def tiny(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **over
 
     Weights are drawn wider than transformers does, so that attention is far from uniform and a wrong mask shows.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415  (heavy)
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if name not in CONFIGS:
         raise KeyError(f"no tiny configuration of {name!r}; there are {', '.join(CONFIGS)}")

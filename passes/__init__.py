@@ -11,13 +11,13 @@ from lethe_compile.passes.normalize import Normalize
 from lethe_compile.passes.rewrite_positions import RewritePositions
 
 
-def pipeline(decay: float | None) -> tuple[Pass, ...]:
-    """Every pass from a captured graph to one that attends over Lethe's cache. `decay` is RASR's gamma, None without."""
+def pipeline(decay: float | None, peak: bool = False) -> tuple[Pass, ...]:
+    """Every pass from a captured graph to one that attends over the cache; `decay` and `peak` as `InsertAttention`."""
     return (
         Normalize(),
         LocateAttention(),
         FoldRepeatKV(),
         ClassifyMasks(),
         RewritePositions(),
-        InsertAttention(decay),
+        InsertAttention(decay, peak),
     )

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+from torch import fx
+
 from lethe_compile.errors import UnsupportedGraphError, VerificationError
 from lethe_compile.passes.check import check
 from lethe_compile.passes.program import Program, source_of
@@ -64,7 +66,7 @@ def run_pipeline(
 ) -> PipelineResult:
     """Run `passes` in order, verifying the graph after each; `observe` is called with each pass's name and its result.
 
-    With the environment variable LETHE_DUMP=dir, the graph after each pass is written there as text.
+    With the environment variable LETHE_DUMP=dir, the graph after each pass is written there as text and for GraphViz.
 
     Raises:
         UnsupportedGraphError: a pass met what it cannot rewrite correctly.
@@ -77,25 +79,28 @@ def run_pipeline(
         try:
             check(result.program)
         except VerificationError as error:
-            before = ", ".join(p.name for p in passes[:index]) or "no other pass"
-            raise VerificationError(f"after pass '{step.name}' (which followed {before}): {error}") from error
+            earlier = [p.name for p in passes[:index]]
+            raise VerificationError(error.reason, pass_name=step.name, earlier=earlier, node=error.node) from error
         nodes = len(result.program.graph.nodes)
         result.records.append(PassRecord(step.name, outcome.matches, outcome.refusals, nodes))
-        _dump(index, step.name, result.program)
+        if folder := os.environ.get("LETHE_DUMP"):
+            dump(result.program.graph, Path(folder) / f"{index:02d}-{step.name}")
         if observe is not None:
             observe(step.name, result.program)
     return result
 
 
+def dump(graph: fx.Graph, path: Path) -> None:
+    """Write a graph as text to `path`.txt, and for GraphViz to `path`.dot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".txt").write_text(f"{graph}\n")
+    nodes = [f'  "{node.name}" [label="{node.name}\\n{node.target}"]' for node in graph.nodes]
+    edges = [f'  "{source.name}" -> "{node.name}"' for node in graph.nodes for source in node.all_input_nodes]
+    path.with_suffix(".dot").write_text("\n".join(["digraph {", "  node [shape=box]", *nodes, *edges, "}", ""]))
+
+
 def refuse(reason: str, program: Program, layer: int, hint: str | None = None) -> UnsupportedGraphError:
     """The error for a site that cannot be rewritten, with its layer, node and source."""
     site = program.sites[layer]
-    where = ", ".join(part for part in (site.name, source_of(site.node)) if part)
+    where = ", ".join(dict.fromkeys(part for part in (site.name, source_of(site.node)) if part))
     return UnsupportedGraphError(reason, layer=layer, node=site.node.name, where=where, hint=hint)
-
-
-def _dump(index: int, name: str, program: Program) -> None:
-    if folder := os.environ.get("LETHE_DUMP"):
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / f"{index:02d}-{name}.txt").write_text(str(program.graph) + "\n")

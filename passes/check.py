@@ -9,7 +9,16 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lethe_compile.errors import VerificationError
-from lethe_compile.passes.program import CACHED_OP, Program, attribute, same_size, shape_of, source_of, written
+from lethe_compile.passes.program import (
+    CACHED_OP,
+    Program,
+    attribute,
+    is_symbolic,
+    same_size,
+    shape_of,
+    source_of,
+    written,
+)
 
 INPUTS = ("input_ids", "position_ids", "attention_mask", "positions", "new_lengths")
 CACHE_INPUTS = ("k_pages_", "v_pages_", "slot_position_", "slot_mass_", "page_table", "length")
@@ -18,17 +27,18 @@ CACHE_INPUTS = ("k_pages_", "v_pages_", "slot_position_", "slot_mass_", "page_ta
 def check(program: Program) -> None:
     """Check a graph between two passes.
 
-    The graph must lint; every value recomputed under FakeTensor must have the shape and dtype on record; the inputs must
-    be known roles, the output one tensor; only the cache op may write an input.
+    The graph must lint; every value recomputed under FakeTensor must have the shape and dtype on record; the inputs
+    must be known roles, the output one tensor; only the cached op may write, and only inputs.
 
     Raises:
         VerificationError: names the node and what is wrong with it.
     """
     try:
         program.graph.lint()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise VerificationError(f"the graph is malformed: {error}") from error
     _check_signature(program)
+    _check_writes(program)
     propagate(program)
 
 
@@ -39,7 +49,7 @@ def fake_mode_of(program: Program) -> FakeTensorMode:
 
 
 def propagate(program: Program) -> None:
-    """Recompute `meta["val"]` of every node that has none or whose operands changed, and compare with what is on record.
+    """Recompute `meta["val"]` of nodes that have none or whose operands changed; it must agree with what is on record.
 
     Linear in the nodes that a pass touched: a value whose operands are as before is not computed again.
     """
@@ -50,31 +60,29 @@ def propagate(program: Program) -> None:
             continue
         operands = tuple(node.all_input_nodes)
         fresh = "val" not in node.meta or node.meta.get("lethe_operands", operands) != operands
-        if not fresh and not any(n in changed for n in operands):
-            node.meta["lethe_operands"] = operands
+        node.meta["lethe_operands"] = operands
+        if not fresh and changed.isdisjoint(operands):
             continue
         value = _fake_value(program.module, node, mode)
-        known = node.meta.get("val")
-        if known is None:
+        if "val" not in node.meta:
             changed.add(node)
-        elif (why := _difference(known, value)) is not None:
-            raise VerificationError(f"node '{node.name}' ({source_of(node)}) changed its value: {why}")
-        node.meta["val"] = value if known is None else known
-        node.meta["lethe_operands"] = operands
+            node.meta["val"] = value
+        elif (why := _difference(node.meta["val"], value)) is not None:
+            raise _broken(node, f"a value changed: {why}")
 
 
 def _fake_value(module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
     if node.op == "get_attr":
         value = attribute(module, str(node.target))
         return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
-    if node.op != "call_function":
-        raise VerificationError(f"node '{node.name}' is a {node.op}, which no pass should leave in the graph")
+    if node.op != "call_function" or not callable(node.target):
+        raise _broken(node, f"a {node.op}, which no pass should leave in the graph")
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     try:
         with mode, torch.no_grad():
             return node.target(*args, **kwargs)
     except Exception as error:  # whatever an operator raises on its operands is the finding
-        raise VerificationError(f"node '{node.name}' ({source_of(node)}) does not compute: {error}") from error
+        raise _broken(node, f"{node.target} does not compute: {error}") from error
 
 
 def _difference(known: Any, value: Any) -> str | None:
@@ -87,20 +95,28 @@ def _difference(known: Any, value: Any) -> str | None:
     return None
 
 
-def _compatible(left: Any, right: Any) -> bool:
-    # Two symbols may stand for one size that the capture did not unify; two different ints never do.
-    return same_size(left, right) or isinstance(left, torch.SymInt) or isinstance(right, torch.SymInt)
+def _compatible(known: Any, size: Any) -> bool:
+    # Two symbols may stand for one size that the capture did not unify; a number never stands for a dynamic size.
+    return same_size(known, size) or is_symbolic(size)
 
 
 def _check_signature(program: Program) -> None:
     for node in program.placeholders():
         name = str(node.target)
         if name not in INPUTS and not name.startswith(CACHE_INPUTS):
-            raise VerificationError(f"the graph has an input '{name}', which no role explains")
+            raise _broken(node, f"the graph has an input '{name}', which no role explains")
     output = program.graph.output_node()
     if not isinstance(output.args[0], fx.Node) or len(shape_of(output.args[0])) != 3:
-        raise VerificationError("the graph must return one tensor, logits [batch, tokens, vocabulary]")
+        raise _broken(output, "the graph must return one tensor, logits [batch, tokens, vocabulary]")
+
+
+def _check_writes(program: Program) -> None:
     for node in program.graph.nodes:
         for target in written(node):
-            if target.op == "placeholder" and node.target is not CACHED_OP:
-                raise VerificationError(f"node '{node.name}' ({source_of(node)}) writes the input '{target.target}'")
+            if node.target is not CACHED_OP or target.op != "placeholder":
+                raise _broken(node, f"{node.target} writes '{target.name}'")
+
+
+def _broken(node: fx.Node, reason: str) -> VerificationError:
+    where = source_of(node)
+    return VerificationError(reason, node=f"{node.name}, at {where}" if where else node.name)

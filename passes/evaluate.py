@@ -19,27 +19,33 @@ def evaluate(
 ) -> Any:
     """The value of `target` with the graph's placeholders bound to `inputs`; only what it depends on is computed.
 
-    `rewrite(node, args)` may replace the positional arguments of a call, which lets a proof vary a constant.
+    `rewrite(node, args)` may replace the positional arguments of a call, or the value of a `get_attr`, which lets a
+    proof vary a constant.
     """
+    vary = rewrite or (lambda node, args: args)
     values: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for node in ancestors(target):
             if node.op == "placeholder":
-                values[node] = inputs[str(node.target)]
+                values[node] = inputs[str(node.target)].to(node.meta["val"].dtype)
             elif node.op == "get_attr":
-                values[node] = attribute(module, str(node.target))
+                values[node] = vary(node, attribute(module, str(node.target)))
             else:
+                assert callable(node.target), f"{node.name} is a {node.op}"
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-                values[node] = node.target(*(rewrite(node, args) if rewrite else args), **kwargs)
+                values[node] = node.target(*vary(node, args), **kwargs)
     return values[target]
 
 
-def sample_inputs(rows: int, tokens: int, *, padding: int = 0, token: int = 0, device: Any = None) -> dict[str, Tensor]:
-    """Inputs of a captured decoder: `rows` sequences of one repeated token, the last row left-padded by `padding`.
+def sample_inputs(tokens: int, *, padding: int = 0, device: torch.device | None = None) -> dict[str, Tensor]:
+    """Inputs of a captured decoder: three rows, the second left-padded by `padding`, the third right-padded.
 
-    Returns input_ids, position_ids and attention_mask, each ``[rows, tokens]`` int64.
+    Returns input_ids (zeros), position_ids and attention_mask, each ``[3, tokens]`` int64.
     """
-    mask = torch.ones(rows, tokens, dtype=torch.long, device=device)
-    mask[-1, :padding] = 0
-    ids = torch.full_like(mask, token)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    mask = torch.ones(3, tokens, dtype=torch.int64, device=device)
+    mask[1, :padding], mask[2, tokens - padding :] = 0, 0
+    return {
+        "input_ids": torch.zeros_like(mask),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+    }

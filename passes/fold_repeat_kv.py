@@ -8,25 +8,39 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from lethe_compile.passes.base import Note, PassResult, refuse
-from lethe_compile.passes.program import Program, argument, is_call, remove_dead, same_size, shape_of, with_cache_groups
+from lethe_compile.passes.base import Note, PassResult
+from lethe_compile.passes.program import (
+    Program,
+    Site,
+    argument,
+    is_call,
+    operand,
+    remove_dead,
+    same_sizes,
+    shape_of,
+    with_cache_groups,
+)
 
 aten = torch.ops.aten
+
+_COPIES = (aten.contiguous, aten.clone)
+_RESHAPES = (aten.reshape, aten.flatten)
 
 
 @dataclass(frozen=True)
 class FoldRepeatKV:
     """Give each site its keys and values before they are repeated over the query group.
 
-    =====================================================================  =============
+    =====================================================================  ===================
     before, for key and value alike                                        after
-    =====================================================================  =============
+    =====================================================================  ===================
     ``reshape(expand(unsqueeze(x, 2), [B, Hkv, G, T, D]), [B, H, T, D])``  ``x``
     ``repeat_interleave(x, G, dim=1)``                                     ``x``
-    =====================================================================  =============
+    ``transpose(either of them on [B, T, Hkv, D], 1, 2)``                  ``transpose(x, 1, 2)``
+    =====================================================================  ===================
 
-    Condition: query head h reads KV head ``h // G``, as both spellings give; `repeat` tiles (``h % Hkv``) and stays.
-    Key and value must fold alike.
+    Conditions: query head h reads KV head ``h // G``, as both spellings give (`repeat` tiles, ``h % Hkv``, and stays),
+    and key and value have equally many heads before.
     """
 
     name: ClassVar[str] = "fold-repeat-kv"
@@ -34,47 +48,79 @@ class FoldRepeatKV:
     def run(self, program: Program) -> PassResult:
         sites, matches, refusals = [], [], []
         for site in program.sites:
-            key, value = (_unrepeated(operand) for operand in site.node.args[1:3])
-            if (key is None) != (value is None):
-                raise refuse("its keys are repeated over the query group and its values are not", program, site.layer)
-            if key is None or value is None:
-                if is_call(site.node.args[1], aten.repeat):
-                    refusals.append(Note(site.node.name, "KV heads are tiled, not grouped: left expanded", site.layer))
-                sites.append(site)
-                continue
-            site.node.update_arg(1, key)
-            site.node.update_arg(2, value)
-            kv_heads = int(shape_of(key)[1])
-            matches.append(Note(site.node.name, f"{site.heads} heads share {kv_heads} KV heads", site.layer))
-            sites.append(replace(site, kv_heads=kv_heads))
+            key, value = (_unrepeated(argument(site.node, i, name), 1) for i, name in ((1, "key"), (2, "value")))
+            if key is not None and value is not None and key.heads == value.heads:
+                site = _fold(site, key, value)  # noqa: PLW2901
+                matches.append(Note(site.node.name, f"{site.heads} heads share {site.kv_heads} KV heads", site.layer))
+            elif (key, value) != (None, None):
+                refusals.append(Note(site.node.name, "keys and values are repeated differently: left so", site.layer))
+            elif is_call(site.node.args[1], aten.repeat):
+                refusals.append(Note(site.node.name, "KV heads are tiled, not grouped: left expanded", site.layer))
+            sites.append(site)
         remove_dead(program.graph)
         program.module.recompile()
         return PassResult(replace(program, sites=with_cache_groups(sites)), tuple(matches), tuple(refusals))
 
 
-def _unrepeated(operand: object) -> fx.Node | None:
-    """The node whose heads `operand` repeats in place, or None."""
-    if not isinstance(operand, fx.Node):
-        return None
-    source = operand.args[0] if operand.args else None
-    if is_call(operand, aten.contiguous, aten.clone) and isinstance(source, fx.Node):
-        return _unrepeated(source)
-    if is_call(operand, aten.repeat_interleave.self_int) and argument(operand, 2, "dim") in (1, -3):
-        return source if isinstance(source, fx.Node) else None
-    if not is_call(operand, aten.reshape, aten.view, aten._unsafe_view) or not is_call(source, aten.expand, aten.clone):
-        return None
-    expand = source.args[0] if is_call(source, aten.clone) else source
-    return _before_expand(operand, expand) if isinstance(expand, fx.Node) and is_call(expand, aten.expand) else None
+@dataclass(frozen=True)
+class _Source:
+    """What is repeated: a tensor whose dimension `dim`, 1 or 2, is its KV heads."""
+
+    node: fx.Node
+    dim: int
+
+    @property
+    def heads(self) -> int:
+        return int(shape_of(self.node)[self.dim])
 
 
-def _before_expand(operand: fx.Node, expand: fx.Node) -> fx.Node | None:
-    unsqueeze = expand.args[0]
-    while is_call(unsqueeze, aten.slice):  # x[:, :, None, :, :] leaves full slices behind
-        unsqueeze = unsqueeze.args[0]
-    if not is_call(unsqueeze, aten.unsqueeze) or unsqueeze.args[1] not in (2, -3):
+def _fold(site: Site, key: _Source, value: _Source) -> Site:
+    for index, source in ((1, key), (2, value)):
+        node = source.node
+        if source.dim == 2:
+            with site.node.graph.inserting_before(site.node):
+                node = site.node.graph.call_function(aten.transpose.int, (node, 1, 2))
+        site.node.update_arg(index, node)
+    return replace(site, kv_heads=key.heads)
+
+
+def _unrepeated(node: object, dim: int) -> _Source | None:
+    """What `node` repeats in place along dimension `dim`, or None."""
+    if is_call(node, *_COPIES):
+        return _unrepeated(operand(node), dim)
+    if is_call(node, aten.transpose) and dim == 1 and _dims(node) == {1, 2}:
+        return _unrepeated(operand(node), 2)
+    source: object = None
+    if is_call(node, aten.repeat_interleave.self_int):
+        assert isinstance(node, fx.Node)
+        source = operand(node) if argument(node, 2, "dim") in (dim, dim - 4) else None
+    elif is_call(node, *_RESHAPES):
+        source = _before_expand(node, dim)
+    return _Source(source, dim) if isinstance(source, fx.Node) else None
+
+
+def _dims(transpose: object) -> set[int]:
+    assert isinstance(transpose, fx.Node)
+    return {int(d) % 4 for d in (argument(transpose, 1, "dim0"), argument(transpose, 2, "dim1"))}
+
+
+def _before_expand(reshape: object, dim: int) -> object:
+    """``x`` of ``reshape(expand(unsqueeze(x, dim + 1)))``, when each head of x is repeated in place; else None."""
+    expand = operand(reshape)
+    while is_call(expand, *_COPIES):
+        expand = operand(expand)
+    unsqueeze = operand(expand) if is_call(expand, aten.expand) else None
+    while is_call(unsqueeze, aten.slice):  # x[:, :, None, :, :] leaves slices behind: full ones, or sizes would differ
+        unsqueeze = operand(unsqueeze)
+    if unsqueeze is None or not is_call(unsqueeze, aten.unsqueeze) or unsqueeze.args[1] not in (dim + 1, dim - 4):
         return None
-    source = unsqueeze.args[0]
-    before, middle, after = shape_of(source), shape_of(expand), shape_of(operand)
-    grouped = len(before) == 4 and len(middle) == 5 and len(after) == 4 and after[1] == middle[1] * middle[2]
-    kept = grouped and same_size(before[1], middle[1]) and same_size(before[3], after[3])
-    return source if kept and isinstance(source, fx.Node) else None
+    source = operand(unsqueeze)
+    before, middle, after = list(shape_of(source)), list(shape_of(expand)), list(shape_of(reshape))
+    if len(before) != 4 or len(middle) != 5:
+        return None
+    group = middle.pop(dim + 1)
+    return source if same_sizes(before, middle) and same_sizes(_times(before, dim, group), after) else None
+
+
+def _times(shape: list[int], dim: int, factor: int) -> list[int]:
+    return [size * factor if d == dim else size for d, size in enumerate(shape)]

@@ -11,7 +11,7 @@ from torch import fx
 from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.passes.base import Note, PassResult, refuse
 from lethe_compile.passes.check import fake_mode_of
-from lethe_compile.passes.program import CACHED_OP, Program, Site, remove_dead, shape_of, source_of
+from lethe_compile.passes.program import CACHED_OP, Program, Site, remove_dead, same_size, shape_of, source_of
 
 _PAGES, _PAGE, _MAX_PAGES = 8, 16, 4  # example sizes of the cache inputs; the op reads real ones when it runs
 
@@ -24,13 +24,15 @@ class InsertAttention:
     ``attention(q, k, v, k_pages, v_pages, slot_position, slot_mass, page_table, length, positions, new_lengths, …)``
 
     New inputs: `new_lengths`, for each page pool `k_pages_g`, `v_pages_g`, `slot_position_g`, `slot_mass_g`, and
-    `page_table`, `length` for all layers. Conditions: every site's mask is proved, and nothing but masks read the
-    input `attention_mask`, which goes.
+    `page_table`, `length` for all layers. Conditions: every site's mask is proved; nothing but masks read the input
+    `attention_mask`, which goes; and no matrix of tokens × tokens is left, as it would be by an attention that went
+    unrecognised.
 
-    `decay` is RASR's gamma; None tracks no attention mass.
+    `decay` is RASR's gamma, None tracks no attention mass; `peak` scores by the largest probability instead of the sum.
     """
 
     decay: float | None = None
+    peak: bool = False
 
     name: ClassVar[str] = "insert-attention"
 
@@ -41,12 +43,26 @@ class InsertAttention:
         for site in program.sites:
             if site.mask is None:
                 raise refuse("its mask was not classified", program, site.layer)
-            node = _insert(program, site, state, self.decay)
+            node = _insert(program, site, state, (self.decay, self.peak))
             sites.append(replace(site, node=node))
             notes.append(Note(node.name, f"cached in pool {site.cache_group}", site.layer))
         remove_dead(program.graph)
+        _refuse_token_matrices(program)
         program.module.recompile()
         return PassResult(replace(program, sites=tuple(sites)), tuple(notes))
+
+
+def _refuse_token_matrices(program: Program) -> None:
+    tokens = shape_of(program.input_ids)[1]
+    for node in program.graph.nodes:
+        shape = shape_of(node)
+        if sum(same_size(size, tokens) for size in shape) > 1:
+            sizes = ", ".join(map(str, shape))
+            raise UnsupportedGraphError(
+                f"'{node.name}' [{sizes}] relates every token to every other, outside of any recognised attention",
+                node=node.name,
+                where=source_of(node) or None,
+            )
 
 
 def _drop_input(program: Program, name: str) -> None:
@@ -66,7 +82,6 @@ def _drop_input(program: Program, name: str) -> None:
 
 def _add_inputs(program: Program) -> dict[str, fx.Node]:
     """The new placeholders by name, with example values for shape propagation."""
-    ids = program.input_ids.meta["val"]
     rows, layers = shape_of(program.input_ids)[0], len(program.sites)
     dtype = program.sites[0].node.meta["val"].dtype
     shapes: dict[str, tuple[tuple[Any, ...], torch.dtype]] = {"new_lengths": ((rows,), torch.int32)}
@@ -83,17 +98,17 @@ def _add_inputs(program: Program) -> dict[str, fx.Node]:
         with program.graph.inserting_after(program.placeholders()[-1]):
             nodes[name] = program.graph.placeholder(name)
         with fake_mode_of(program):
-            nodes[name].meta["val"] = torch.empty(shape, dtype=kind, device=ids.device)
+            nodes[name].meta["val"] = torch.empty(shape, dtype=kind, device=program.device)
     return nodes
 
 
-def _insert(program: Program, site: Site, state: dict[str, fx.Node], decay: float | None) -> fx.Node:
+def _insert(program: Program, site: Site, state: dict[str, fx.Node], score: tuple[float | None, bool]) -> fx.Node:
     query, key, value, _, sinks, *_ = site.node.args
     assert site.mask is not None
     group = site.cache_group
     pool = [state[f"{name}_{group}"] for name in ("k_pages", "v_pages", "slot_position", "slot_mass")]
     tables = [state["page_table"], state["length"], program.placeholder("positions"), state["new_lengths"]]
-    options = (sinks, site.scale, site.mask.window, site.softcap, site.layer, decay)
+    options = (sinks, site.scale, site.mask.window, site.softcap, site.layer, *score)
     with program.graph.inserting_before(site.node):
         node = program.graph.call_function(CACHED_OP, (query, key, value, *pool, *tables, *options))
     node.meta.update(site.node.meta)

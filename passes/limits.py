@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
 from lethe_compile.errors import UnsupportedGraphError
-from lethe_compile.passes.program import CACHED_OP, Program, ancestors, is_call, shape_of
+from lethe_compile.passes.evaluate import evaluate
+from lethe_compile.passes.program import Program, ancestors, argument, is_call, shape_of
 
 aten = torch.ops.aten
 
@@ -20,23 +22,43 @@ def vocab_size(program: Program) -> int:
         UnsupportedGraphError: the ids index no embedding.
     """
     for node in program.graph.nodes:
-        if is_call(node, aten.embedding) and program.input_ids in ancestors(node.args[1]):
-            return int(shape_of(node.args[0])[0])
+        if is_call(node, aten.embedding) and program.input_ids in ancestors(argument(node, 1, "indices")):
+            return int(shape_of(argument(node, 0, "weight"))[0])
     raise UnsupportedGraphError("the token ids index no embedding", node="input_ids")
 
 
 def max_positions(program: Program, config: Any = None) -> int | None:
-    """Positions that the model has: rows of a learned table, or what a Hugging Face `config` says; None if neither."""
-    limits = [int(shape_of(node.args[0])[0]) for node in program.graph.nodes if _indexes_positions(node, program)]
+    """Tokens that a sequence may have: None without a limit.
+
+    The least of the rows of learned position tables, of the sizes of stored masks, and of what a Hugging Face `config`
+    says.
+    """
+    limits = [*_position_tables(program), *(s.mask.longest for s in program.sites if s.mask and s.mask.longest)]
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     stated = getattr(text, "max_position_embeddings", None)
     return min([*limits, *([stated] if isinstance(stated, int) else [])], default=None)
 
 
-def _indexes_positions(node: fx.Node, program: Program) -> bool:
+def _position_tables(program: Program) -> Iterator[int]:
+    """Rows of every constant table that positions index, less those before the first position's."""
     positions = program.placeholder("positions")
-    if not is_call(node, aten.embedding, aten.index_select):
-        return False
-    index = node.args[1] if is_call(node, aten.embedding) else node.args[2]
-    sources = ancestors(index) if isinstance(index, fx.Node) else []
-    return positions in sources and not any(is_call(n, CACHED_OP) for n in sources)
+    for node in program.graph.nodes:
+        table, dim, index = _lookup(node)
+        if not isinstance(index, fx.Node) or positions not in (sources := ancestors(index)):
+            continue
+        if all(n is positions or n is program.input_ids for n in sources if n.op == "placeholder"):
+            zero = torch.zeros(1, 1, dtype=torch.int64, device=program.device)
+            first = evaluate(program.module, index, {"positions": zero, "input_ids": zero})
+            yield int(shape_of(table)[dim]) - int(first.flatten()[0])
+
+
+def _lookup(node: fx.Node) -> tuple[Any, int, Any]:
+    """The table that a call looks up in, along which dimension, by which index; the index is None for another call."""
+    if is_call(node, aten.embedding):
+        return argument(node, 0, "weight"), 0, argument(node, 1, "indices")
+    if is_call(node, aten.index_select):
+        return argument(node, 0, "self"), argument(node, 1, "dim"), argument(node, 2, "index")
+    if is_call(node, aten.index):
+        indices = argument(node, 1, "indices")
+        return argument(node, 0, "self"), len(indices) - 1, indices[-1]
+    return None, 0, None

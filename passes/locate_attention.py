@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from lethe_compile.passes.program import (
     Program,
     Site,
     argument,
+    attribute,
     is_call,
     is_symbolic,
     module_path,
@@ -26,6 +27,8 @@ from lethe_compile.passes.program import (
 )
 
 aten = torch.ops.aten
+
+_SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax, aten.log_softmax, aten._log_softmax)
 
 
 @dataclass(frozen=True)
@@ -39,84 +42,110 @@ class LocateAttention:
     ``scaled_dot_product_attention(q, k, v, mask, p, is_causal, …)``      ``attention_site(q, k, v, mask, …)``
     ====================================================================  =====================================
 
-    Conditions: 4-D operands, no dropout, a constant scale, keys as many as queries (a graph without a cache of its own).
-    A softmax over a dynamic dimension that belongs to no site is attention that was not understood: the graph is
-    refused, as is one with fewer sites than the model says it has layers.
+    Conditions: 4-D operands, no dropout, a constant scale, queries and keys one for each token of the input (a graph
+    without a cache of its own). A softmax over a dynamic dimension that belongs to no site, or another operator that
+    calls itself attention, was not understood: the graph is refused, as is one with another number of sites than the
+    model says it has layers.
     """
 
     name: ClassVar[str] = "locate-attention"
 
     def run(self, program: Program) -> PassResult:
-        sites, notes = [], []
+        sites: list[Site] = []
         for node in list(program.graph.nodes):
-            found_by = "attention interface"
-            if is_call(node, aten.scaled_dot_product_attention):
-                node, found_by = _from_sdpa(node, len(sites), program.input_ids), "sdpa"
-            elif is_call(node, aten.softmax, aten._softmax, aten._safe_softmax):
-                _refuse_softmax(node, len(sites))
-            if not is_call(node, SITE_OP):
-                continue
-            site = _site(node, len(sites), found_by)
-            sites.append(site)
-            notes.append(Note(node.name, f"{found_by}, {site.heads} heads over {site.kv_heads}", site.layer))
+            layer = len(sites)
+            if is_call(node, SITE_OP):
+                sites.append(_site(program, node, layer, "attention interface"))
+            elif is_call(node, aten.scaled_dot_product_attention):
+                sites.append(_site(program, _from_sdpa(program, node, layer), layer, "sdpa"))
+            else:
+                _refuse_unknown(program, node, layer)
         _check_count(program, sites)
         program.module.recompile()
+        notes = [Note(s.node.name, f"{s.found_by}, {s.heads} heads over {s.kv_heads}", s.layer) for s in sites]
         return PassResult(replace(program, sites=with_cache_groups(sites)), tuple(notes))
 
 
-def _site(node: fx.Node, layer: int, found_by: str) -> Site:
+def _site(program: Program, node: fx.Node, layer: int, found_by: str) -> Site:
     query, key, value, _, sinks, scale, softcap, *_ = node.args
-    (_, heads, steps, k_dim), (_, kv_heads, keys, _), (_, _, _, v_dim) = map(shape_of, (query, key, value))
-    name = module_path(node) or node.name
-    fixed = (heads, kv_heads, k_dim, v_dim)
-    if any(is_symbolic(size) for size in fixed):
+    (_, heads, queries, k_dim), (_, kv_heads, keys, _), (_, _, _, v_dim) = map(shape_of, (query, key, value))
+    tokens = shape_of(program.input_ids)[1]
+    if any(is_symbolic(size) for size in (heads, kv_heads, k_dim, v_dim)):
         raise _refusal(node, layer, "heads or head sizes are dynamic", "export the model with these fixed")
-    if not is_symbolic(steps) or not is_symbolic(keys):
-        raise _refusal(node, layer, f"the sequence is frozen to {steps} queries and {keys} keys", "export it as dynamic")
+    if not is_symbolic(queries) or not is_symbolic(keys):
+        reason = f"the sequence is frozen to {queries} queries and {keys} keys"
+        raise _refusal(node, layer, reason, "export it with dynamic tokens")
+    if not same_size(queries, tokens) or not same_size(keys, tokens):
+        reason = f"{queries} queries meet {keys} keys, where the input has {tokens} tokens"
+        raise _refusal(node, layer, reason, "give the model without a cache of its own")
     if heads % kv_heads:
         raise _refusal(node, layer, f"{heads} query heads do not divide over {kv_heads} KV heads")
-    if isinstance(scale, fx.Node):
+    if not isinstance(scale, float):
         raise _refusal(node, layer, "the scale is not a constant")
+    if softcap is not None and not isinstance(softcap, float):
+        raise _refusal(node, layer, "the softcap is not a constant")
+    name = module_path(node) or node.name
     return Site(layer, node, name, found_by, heads, kv_heads, k_dim, v_dim, scale, softcap, sinks is not None)
 
 
-def _from_sdpa(node: fx.Node, layer: int, ids: fx.Node) -> fx.Node:
+def _from_sdpa(program: Program, node: fx.Node, layer: int) -> fx.Node:
     """Replace an SDPA node by an `attention_site`."""
-    query, key, value = node.args[:3]
-    if len(shape_of(query)) != 4 or len(shape_of(key)) != 4:
-        raise _refusal(node, layer, f"its query has shape {shape_of(query)}, not [batch, heads, tokens, head_dim]")
+    query, key, value = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
+    for name, operand in (("query", query), ("key", key), ("value", value)):
+        if len(shape_of(operand)) != 4:
+            shape = ", ".join(map(str, shape_of(operand)))
+            raise _refusal(node, layer, f"its {name} is [{shape}], not [batch, heads, tokens, head_dim]")
     if argument(node, 4, "dropout_p", 0.0):
         raise _refusal(node, layer, "it applies dropout", "call model.eval() before exporting")
     scale = node.kwargs.get("scale")
     if scale is None:
         scale = float(shape_of(query)[-1]) ** -0.5
     mask = argument(node, 3, "attn_mask")
-    graph = node.graph
-    with graph.inserting_before(node):
+    with program.graph.inserting_before(node):
         if argument(node, 5, "is_causal", False):
-            if not same_size(shape_of(query)[2], shape_of(key)[2]):
-                raise _refusal(node, layer, "is_causal aligns unequal queries and keys at the upper left")
-            mask = _causal_mask(graph, query.meta["val"].device, ids)
-        site = graph.call_function(SITE_OP, (query, key, value, mask, None, scale, None, None, layer))
+            mask = _causal_mask(program)
+        site = program.graph.call_function(SITE_OP, (query, key, value, mask, None, scale, None, None, layer))
     site.meta.update(node.meta)
     node.replace_all_uses_with(site)
-    graph.erase_node(node)
+    program.graph.erase_node(node)
     return site
 
 
-def _causal_mask(graph: fx.Graph, device: Any, ids: fx.Node) -> fx.Node:
+def _causal_mask(program: Program) -> fx.Node:
     """What `is_causal=True` means, as nodes: so that one proof serves every mask."""
-    tokens = graph.call_function(aten.sym_size.int, (ids, 1))
-    ones = graph.call_function(aten.ones.default, ([tokens, tokens],), {"dtype": torch.bool, "device": device})
+    graph = program.graph
+    tokens = graph.call_function(aten.sym_size.int, (program.input_ids, 1))
+    options: dict[str, Any] = {"dtype": torch.bool, "device": program.device}
+    ones = graph.call_function(aten.ones.default, ([tokens, tokens],), options)
     return graph.call_function(aten.tril.default, (ones,))
 
 
-def _refuse_softmax(node: fx.Node, layer: int) -> None:
-    shape, dim = shape_of(node), argument(node, 1, "dim")
-    if len(shape) >= 3 and is_symbolic(shape[dim]) and is_symbolic(shape[-1]):
-        reason = f"softmax over {tuple(map(str, shape))} looks like attention in a form that is not recognised"
-        hint = "use scaled_dot_product_attention, or transformers' attention interface"
-        raise _refusal(node, layer, reason, hint)
+def _refuse_unknown(program: Program, node: fx.Node, layer: int) -> None:
+    """Refuse what may be attention and is no site: nothing may be left unpruned without a word."""
+    hint = "use scaled_dot_product_attention, or transformers' attention interface"
+    if node.op == "get_attr" and isinstance(region := attribute(program.module, str(node.target)), fx.GraphModule):
+        for inner in _nodes(region):
+            if _may_be_attention(inner) or is_call(inner, SITE_OP, aten.scaled_dot_product_attention):
+                user = next(iter(node.users))
+                raise _refusal(inner, layer, f"attention inside the region of '{user.name}' ({user.target})", hint)
+    elif _may_be_attention(node):
+        shape = ", ".join(map(str, shape_of(node)))
+        raise _refusal(node, layer, f"{node.target} [{shape}] is attention in a form that is not recognised", hint)
+
+
+def _may_be_attention(node: fx.Node) -> bool:
+    """Whether `node` is a softmax over tokens, or an operator that calls itself attention."""
+    if is_call(node, *_SOFTMAX):
+        shape, dim = shape_of(node), argument(node, 1, "dim")
+        return len(shape) >= 3 and is_symbolic(shape[dim])
+    known = is_call(node, SITE_OP, aten.scaled_dot_product_attention)
+    return node.op == "call_function" and not known and "attention" in str(node.target)
+
+
+def _nodes(region: fx.GraphModule) -> Iterator[fx.Node]:
+    for module in region.modules():
+        if isinstance(module, fx.GraphModule):
+            yield from module.graph.nodes
 
 
 def _check_count(program: Program, sites: list[Site]) -> None:
@@ -124,9 +153,9 @@ def _check_count(program: Program, sites: list[Site]) -> None:
         hint = "is it a decoder? attention must reach the graph as scaled_dot_product_attention or through transformers"
         raise UnsupportedGraphError("no attention was found in the graph", hint=hint)
     if program.expected_layers is not None and program.expected_layers != len(sites):
-        found = Counter(site.name for site in sites)
+        found = ", ".join(dict.fromkeys(site.name for site in sites))
         raise UnsupportedGraphError(
-            f"the model has {program.expected_layers} attention layers, {len(sites)} were located: {', '.join(found)}"
+            f"the model has {program.expected_layers} attention layers, {len(sites)} were located: {found}"
         )
 
 

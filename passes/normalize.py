@@ -1,4 +1,4 @@
-"""Normalise: take out of a captured graph what says nothing about the computation, so that later passes see few forms."""
+"""Normalise: take out of a graph what says nothing about the computation, so that later passes see few forms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, fx
 
 from lethe_compile.passes.base import Note, PassResult
-from lethe_compile.passes.program import Program, argument, is_call, remove_dead, same_size, shape_of
+from lethe_compile.passes.program import (
+    Program,
+    argument,
+    attribute,
+    is_call,
+    operand,
+    remove_dead,
+    same_size,
+    shape_of,
+)
 
 aten = torch.ops.aten
 
@@ -21,7 +30,12 @@ _ASSERTIONS = (
     aten.sym_constrain_range_for_size,
 )
 _ALIASES = (aten.detach, aten.detach_, aten.alias, aten.lift_fresh, aten.lift_fresh_copy)
-_REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
+_VIEWS = (aten.view.default, aten._unsafe_view)  # an attention op need not lay out its result as the model's own did
+_CONVERSIONS = (aten.to, aten.type_as, aten._to_copy)
+_REGIONS = {  # position of the region among the arguments; what follows it are the region's own
+    torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
+    torch.ops.higher_order.wrap_with_autocast: 4,  # disabled: capture has written out an enabled one
+}
 
 
 @dataclass(frozen=True)
@@ -34,49 +48,48 @@ class Normalize:
     ``_assert_tensor_metadata(x, …)``, guards               (nothing)
     ``detach(x)``, ``alias(x)``, ``lift_fresh_copy(x)``     ``x``
     ``to(x, its own dtype)``, ``dropout(x, p, False)``      ``x``
+    ``view(x, shape)``, recorded for one memory layout      ``reshape(x, shape)``
     ``wrap_with_set_grad_enabled(flag, region, *args)``     the region's nodes
     ``sym_size(any input, d)`` equal to a size of the ids   ``sym_size(input_ids, d)``
     ======================================================  ==============================================
 
-    Conditions: an autocast region is inlined only where it is disabled, and an alias is dropped only where its source is
-    not written afterwards.
+    Condition: nothing in the graph writes, so that a copy is as good as what it copies; capture sees to that.
     """
 
     name: ClassVar[str] = "normalize"
 
     def run(self, program: Program) -> PassResult:
-        graph, notes = program.graph, []
-        notes += _inline_regions(program.module)
+        graph = program.graph
+        notes = _inline_regions(program.module)
         for node in list(graph.nodes):
-            if node.op == "call_module" or is_call(node, *_ASSERTIONS):
+            if node.op == "call_module" or is_call(node, *_ASSERTIONS):  # a module is torch.export's input guards
                 graph.erase_node(node)
             elif (source := _identity(node)) is not None:
                 node.replace_all_uses_with(source)
                 graph.erase_node(node)
+            elif is_call(node, *_VIEWS):
+                node.target = aten.reshape.default
         _unify_sizes(program)
-        dropped = remove_dead(graph)
+        if dead := remove_dead(graph):
+            notes.append(Note(graph.output_node().name, f"{dead} dead nodes dropped"))
         program.module.recompile()
-        if dropped:
-            notes.append(Note(dropped[-1], f"{len(dropped)} dead nodes dropped"))
         return PassResult(program, tuple(notes))
 
 
 def _identity(node: fx.Node) -> fx.Node | None:
     """What `node` merely passes on, or None where it does something."""
-    source = node.args[0] if node.args else None
+    source = operand(node)
     if not isinstance(source, fx.Node):
         return None
     if is_call(node, *_ALIASES):
         return source
-    if is_call(node, aten.dropout) and argument(node, 2, "train") is False:
+    if is_call(node, aten.dropout) and (argument(node, 2, "train") is False or argument(node, 1, "p") == 0):
         return source
-    if is_call(node, aten.dropout) and argument(node, 1, "p") == 0:
-        return source
-    if is_call(node, aten.to, aten.type_as, aten._to_copy) and not argument(node, 3, "copy", False):
+    if is_call(node, *_CONVERSIONS):
         before, after = source.meta.get("val"), node.meta.get("val")
         if isinstance(before, Tensor) and isinstance(after, Tensor):
-            same = before.dtype == after.dtype and before.device == after.device
-            return source if same and before.layout == after.layout else None
+            same = (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout)
+            return source if same else None
     return None
 
 
@@ -85,16 +98,13 @@ def _inline_regions(module: fx.GraphModule) -> list[Note]:
     for node in list(module.graph.nodes):
         if not is_call(node, *_REGIONS):
             continue
-        grad = node.target is _REGIONS[0]
-        if not grad and argument(node, 2, "enabled") is True:
-            continue  # an enabled autocast changes dtypes: left as the operator it is
-        region, inputs = (node.args[1], node.args[2:]) if grad else (node.args[4], node.args[5:])
-        assert isinstance(region, fx.Node)
-        inner = getattr(module, str(region.target))
+        first = _REGIONS[node.target]
+        region: Any = node.args[first]
+        inner = attribute(module, region.target)
         _inline_regions(inner)
-        outputs = _splice(module, node, inner, inputs)
+        outputs = _splice(module, node, inner, node.args[first + 1 :])
         for user in list(node.users):  # each is operator.getitem(node, i)
-            user.replace_all_uses_with(outputs[user.args[1]])
+            user.replace_all_uses_with(outputs[argument(user, 1, "index")])
             module.graph.erase_node(user)
         module.graph.erase_node(node)
         notes.append(Note(node.name, "region inlined"))
@@ -108,10 +118,13 @@ def _splice(module: fx.GraphModule, before: fx.Node, inner: fx.GraphModule, inpu
         for node in inner.graph.nodes:
             if node.op == "output":
                 return fx.node.map_arg(node.args[0], lambda n: values[n])
-            if node.op != "placeholder":
-                values[node] = module.graph.node_copy(node, lambda n: values[n])
-                if node.op == "get_attr":
-                    setattr(module, str(node.target), getattr(inner, str(node.target)))
+            if node.op == "placeholder":
+                continue
+            values[node] = module.graph.node_copy(node, lambda n: values[n])
+            if node.op == "get_attr":
+                name = f"{before.name}_{str(node.target).replace('.', '_')}"  # the region's names are its own
+                setattr(module, name, attribute(inner, str(node.target)))
+                values[node].target = name
     raise AssertionError("an FX graph ends in an output")
 
 
@@ -126,10 +139,11 @@ def _unify_sizes(program: Program) -> None:
     for node in list(graph.nodes):
         if not is_call(node, aten.sym_size) or node in sizes:
             continue
-        source, dim = node.args[0], node.args[1]
-        inputs_differ = isinstance(source, fx.Node) and source.op == "placeholder" and dim in (0, 1)
-        equal = [s for d, s in enumerate(sizes) if same_size(shape_of(ids)[d], node.meta["val"])]
-        replacement = sizes[int(dim)] if inputs_differ else (equal[0] if equal else None)
+        source, dim = operand(node), argument(node, 1, "dim")
+        if source.op == "placeholder":  # every input is [batch, tokens]
+            replacement = sizes[dim]
+        else:
+            replacement = next((s for s in sizes if same_size(s.meta["val"], node.meta["val"])), None)
         if replacement is not None:
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ class Mask:
     """A proved attention mask: each query sees the keys at its own and earlier positions, at most `window` of them."""
 
     window: int | None = None
+    longest: int | None = None  # tokens that a mask stored as a table was made for
 
     @property
     def kind(self) -> str:
@@ -47,10 +48,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Program:
-    """A decoder graph ``(placeholders) -> logits [B, T, vocab]`` between two passes.
+    """A decoder graph ``(placeholders) -> logits [B, T, vocab]`` between two passes, free of writes.
 
-    Placeholders are named by role: `input_ids` is always there, `position_ids` and `attention_mask` while the graph takes
-    them. After insertion the inputs are `input_ids`, `positions`, `new_lengths` and the cache's tensors.
+    Placeholders are named by role: `input_ids` is always there, `position_ids` and `attention_mask` while the graph
+    takes them. After insertion the inputs are `input_ids`, `positions`, `new_lengths` and the cache's tensors, which
+    the cached op alone writes.
     """
 
     module: fx.GraphModule
@@ -74,32 +76,36 @@ class Program:
         assert node is not None, "capture names the token ids 'input_ids'"
         return node
 
+    @property
+    def device(self) -> torch.device:
+        """Where the graph was captured, and runs."""
+        device: torch.device = self.input_ids.meta["val"].device
+        return device
+
 
 def with_cache_groups(sites: Sequence[Site]) -> tuple[Site, ...]:
     """Number the page pools: layers of one KV geometry share a pool."""
     groups: dict[tuple[int, int, int], int] = {}
-    return tuple(
-        replace(s, cache_group=groups.setdefault((s.kv_heads, s.k_dim, s.v_dim), len(groups))) for s in sites
-    )
+    return tuple(replace(s, cache_group=groups.setdefault((s.kv_heads, s.k_dim, s.v_dim), len(groups))) for s in sites)
 
 
 def is_call(node: Any, *targets: Any) -> bool:
-    """Whether `node` is a call of one of `targets`: an OpOverload, or a packet, which stands for all of its overloads."""
+    """Whether `node` calls one of `targets`: an OpOverload, or a packet, which stands for all of its overloads."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
     packet = getattr(node.target, "overloadpacket", None)
     return any(node.target is t or (packet is not None and packet is t) for t in targets)
 
 
-def ancestors(node: fx.Node) -> list[fx.Node]:
-    """`node` and everything that it is computed from, in graph order."""
+def ancestors(node: fx.Node, stop: Collection[Any] = ()) -> list[fx.Node]:
+    """`node` and everything that it is computed from, in graph order; not what only calls of `stop` read."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
         current = stack.pop()
         if current not in seen:
             seen.add(current)
-            stack.extend(current.all_input_nodes)
+            stack.extend([] if is_call(current, *stop) else current.all_input_nodes)
     return [n for n in node.graph.nodes if n in seen]
 
 
@@ -108,6 +114,11 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     if len(node.args) > position:
         return node.args[position]
     return node.kwargs.get(name, default)
+
+
+def operand(node: Any) -> Any:
+    """The first argument of a call, None for anything else."""
+    return node.args[0] if isinstance(node, fx.Node) and node.op == "call_function" and node.args else None
 
 
 def attribute(module: Any, path: str) -> Any:
@@ -129,6 +140,11 @@ def same_size(left: Any, right: Any) -> bool:
     return bool(expressions[0] == expressions[1])
 
 
+def same_sizes(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Whether two shapes are certainly equal."""
+    return len(left) == len(right) and all(map(same_size, left, right))
+
+
 def is_symbolic(size: Any) -> bool:
     return isinstance(size, torch.SymInt)
 
@@ -146,23 +162,14 @@ def module_path(node: fx.Node) -> str:
     return str(stack[-1][0]) if stack and "_empty_nn" not in str(stack[-1][0]) else ""
 
 
-def remove_dead(graph: fx.Graph) -> list[str]:
-    """Drop nodes whose result nobody uses, placeholders apart; the names of those dropped.
-
-    FX's own elimination keeps every call with a mutable schema; here a mutation matters only if its result is used or
-    the tensor it writes is an input or a buffer.
-    """
-    dropped: list[str] = []
+def remove_dead(graph: fx.Graph) -> int:
+    """Drop nodes whose result nobody uses, placeholders apart; how many they were."""
+    dead = 0
     for node in reversed(list(graph.nodes)):
-        if node.users or node.op in ("placeholder", "output") or _writes_state(node):
-            continue
-        dropped.append(node.name)
-        graph.erase_node(node)
-    return dropped
-
-
-def _writes_state(node: fx.Node) -> bool:
-    return any(target.op in ("placeholder", "get_attr") for target in written(node))
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+            dead += 1
+    return dead
 
 
 def written(node: fx.Node) -> Iterator[fx.Node]:
@@ -173,4 +180,5 @@ def written(node: fx.Node) -> Iterator[fx.Node]:
     for position, formal in enumerate(schema.arguments):
         if formal.alias_info is not None and formal.alias_info.is_write:
             actual = argument(node, position, formal.name)
-            yield from (n for n in (actual if isinstance(actual, (list, tuple)) else [actual]) if isinstance(n, fx.Node))
+            targets = actual if isinstance(actual, (list, tuple)) else [actual]
+            yield from (n for n in targets if isinstance(n, fx.Node))

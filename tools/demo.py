@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = reasoner.load_model()
     config = LetheConfig(**{name: value for name, value in vars(options).items() if name in _CONFIGURABLE})
     console.print(
-        f"{len(problems) * options.problems // len(problems)} fresh problems with traces of {options.min_tokens}–"
-        f"{options.max_tokens} tokens; compiling the reasoner …"
+        f"{options.problems} fresh problems with traces of {options.shortest}–"
+        f"{options.longest} tokens; compiling the reasoner …"
     )
     fast = optimize(model, config)
     with fast.unpruned():
@@ -62,29 +62,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-_CONFIGURABLE = ("sparse_ratio", "recent_ratio", "decay", "prune_threshold", "max_tokens")
+_CONFIGURABLE = ("sparse_ratio", "recent_ratio", "segments", "decay", "score", "prune_interval", "max_tokens", "budget")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="lethe demo", description=__doc__)
-    parser.add_argument(
-        "--problems", type=int, default=16, metavar="N", help="how many, of all families (default 16)"
-    )
-    parser.add_argument("--min-tokens", type=int, default=1600, help="shortest reference trace (default 1600)")
-    parser.add_argument("--max-tokens", type=int, default=2400, help="longest reference trace (default 2400)")
+    parser.add_argument("--problems", type=int, default=16, metavar="N", help="how many, of all families (default 16)")
+    parser.add_argument("--shortest", type=int, default=2000, help="tokens of the shortest reference trace (2000)")
+    parser.add_argument("--longest", type=int, default=3000, help="tokens of the longest reference trace (3000)")
     parser.add_argument("--seed", type=int, default=0, help="of the problems")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     pruning = parser.add_argument_group("pruning, see LetheConfig")
     defaults = LetheConfig()
     for name in _CONFIGURABLE:
         default = getattr(defaults, name)
-        kind = int if default is None or isinstance(default, int) else float
+        kind = int if default is None else type(default)
         pruning.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"default {default}")
     options = parser.parse_args(argv)
     if options.problems < len(reasoner.FAMILIES):
         raise InputError(f"--problems {options.problems}: at least one of each family, {len(reasoner.FAMILIES)}")
-    if not 1000 <= options.min_tokens < options.max_tokens <= 4000:
-        raise InputError("--min-tokens and --max-tokens must be within 1000..4000, what the reasoner was trained for")
+    if not 1000 <= options.shortest < options.longest <= 4000:
+        raise InputError(
+            "--shortest and --longest must lie within 1000..4000, which is what the reasoner was trained for"
+        )
     return options
 
 
@@ -92,7 +92,7 @@ def _problems(options: argparse.Namespace) -> list[reasoner.Problems]:
     """Fresh problems, as many of each family as can be."""
     families = reasoner.FAMILIES
     counts = [options.problems // len(families) + (i < options.problems % len(families)) for i in range(len(families))]
-    lengths = {"min_tokens": options.min_tokens, "max_tokens": options.max_tokens}
+    lengths = {"min_tokens": options.shortest, "max_tokens": options.longest}
     return [
         reasoner.problems(count, seed=options.seed, family=family, **lengths)
         for family, count in zip(families, counts, strict=True)

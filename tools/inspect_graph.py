@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Capture a model, run the passes, print the report."""
     options = _arguments(argv)
     config = LetheConfig()
-    passes = pipeline(config.decay)
+    passes = pipeline(config.decay, config.score == "peak")
     names = [step.name for step in passes]
     if options.print_after is not None and options.print_after not in names:
         raise InputError(f"no pass is called {options.print_after!r}; there are {', '.join(names)}")

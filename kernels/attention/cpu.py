@@ -1,30 +1,33 @@
 """Cached attention for a CPU: the same function as the reference, without gathering a key or a value.
 
 The pool's storage is ``[kv_heads, pages, page, dim]``, so a row whose pages are consecutive is one strided
-``[kv_heads, tokens, dim]`` matrix, and attention over it is two batched matrix products on a view. Rows are ragged: a
-Python loop over them costs a few microseconds a row, the matrix products read the row's cache once.
+``[kv_heads, tokens, dim]`` matrix, and attention over it is two batched matrix products on a view. Slots are ordered by
+position, so what a query may see is one run of slots, and nothing else is read. Rows are ragged, hence a Python loop
+over them, some 25 µs a row; gathering the rows into one padded product pays only where they hold fewer than 100 tokens
+or so (measured: 2 KV heads, head_dim 64, 8 and 32 rows).
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lethe_compile.kernels.attention import reference
-
-_SCORE_ELEMENTS = 1 << 22  # queries are taken in chunks so that the scores of a long prefill stay within 16 MiB
+_SCORE_ELEMENTS = 1 << 22  # queries are taken in blocks so that the scores of a long prefill stay within 16 MiB
 
 
-def serves(k_pages: Tensor, v_pages: Tensor, page_table: Tensor, total: Tensor) -> bool:
+def serves(query: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, total: Tensor) -> bool:
     """Whether every row's cache is a view: storage laid out by head, pages consecutive. `total` is [rows]."""
     for pool in (k_pages, v_pages):
         _, _, page, dim = pool.shape
-        if pool.stride(0) != page * dim or pool.stride(2) != dim or pool.stride(3) != 1:
+        stride = pool.stride()
+        if not pool.is_cpu or pool.dtype != query.dtype or stride[0] != page * dim or stride[2:] != (dim, 1):
             return False
-    used = -(-int(total.max()) // k_pages.shape[2])
-    columns = torch.arange(used, dtype=page_table.dtype)
-    beyond = columns >= (-(-total // k_pages.shape[2]))[:, None]
-    return bool(((page_table[:, :used] - page_table[:, :1] == columns) | beyond).all())
+    used = -(-total.numpy() // page)  # NumPy, as on a few integers it takes a third of torch's time
+    columns = np.arange(used.max(initial=0))
+    table = page_table.numpy()[:, : columns.size]
+    return bool(((table - table[:, :1] == columns) | (columns >= used[:, None])).all())
 
 
 def attention(
@@ -45,72 +48,91 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     decay: float | None = None,
+    peak: bool = False,
 ) -> Tensor:
-    """Shapes, effects and result as `reference.attention`; requires `serves`."""
-    reference.append(key, value, k_pages, v_pages, slot_position, slot_mass, page_table, length, positions, new_lengths)
+    """Shapes, effects and result as `reference.attention`; requires `serves`, and slots ordered by position."""
     rows, heads, steps, _ = query.shape
-    kv_heads, page = k_pages.shape[1], slot_position.shape[1]
-    out = query.new_zeros(rows, heads, steps, value.shape[-1])
-    grouped = query.unflatten(1, (kv_heads, heads // kv_heads))  # [rows, kv_heads, G, T, k_dim]
-    sink = None if sinks is None else sinks.view(kv_heads, -1, 1, 1)
-    position, mass = slot_position.view(-1), slot_mass.view(-1)  # [pages * page]
+    kv_heads, page = k_pages.shape[1:3]
+    group = heads // kv_heads
     k_storage, v_storage = (pool.transpose(0, 1).flatten(1, 2) for pool in (k_pages, v_pages))  # views, by `serves`
-    counts = zip(new_lengths.tolist(), length.tolist(), page_table[:, 0].tolist(), strict=True)
-    for row, (new, old, first_page) in enumerate(counts):
-        if not new:
-            continue
-        start, tokens = first_page * page, old + new
-        keys = k_storage[:, start : start + tokens]  # [kv_heads, N, k_dim]
-        values = v_storage[:, start : start + tokens]
-        stored = position[start : start + tokens]
-        added = None
-        chunk = max(1, _SCORE_ELEMENTS // (heads * tokens))
-        for at in range(0, new, chunk):
-            block = slice(at, min(new, at + chunk))
-            hidden = _hidden(positions[row, block], stored, window)
-            attended, taken = _attend(
-                grouped[row, :, :, block], keys, values, hidden, scale, softcap, sink, decay is not None
-            )
-            out[row, :, block] = attended.flatten(0, 1)
-            if taken is not None:
-                added = taken if added is None else added + taken
-        if added is not None and decay is not None:
-            mass[start : start + tokens].mul_(decay).add_(added)
+    position, mass = slot_position.view(-1), slot_mass.view(-1)  # [slots]
+    # [rows, 3]: first slot, retained tokens, new tokens
+    counts = np.stack([page_table[:, 0].numpy() * page, length.numpy(), new_lengths.numpy()], axis=1)
+    _append(key, value, k_storage, v_storage, position, mass, counts, positions)
+
+    # Ordered by token, then by head of the group: a run of tokens is a run of queries of each KV head.
+    queries = (query * scale).view(rows, kv_heads, group, steps, key.shape[3]).transpose(2, 3).flatten(2, 3)
+    out = query.new_zeros(rows, kv_heads, steps * group, value.shape[3])
+    for row, (first, old, new) in enumerate(counts.tolist()):
+        size = max(1, _SCORE_ELEMENTS // (heads * (old + new or 1)))  # tokens of a block
+        for at in range(0, new, size):
+            upto = min(new, at + size)
+            block = slice(at * group, upto * group)
+            seen = slice(first, first + old + upto)
+            if window is not None:
+                outside = torch.searchsorted(position[seen], int(positions[row, at]) - window, right=True)
+                seen = slice(first + int(outside), seen.stop)
+            hidden = None if upto - at == 1 else _hidden(positions[row, at:upto], position[seen], window)
+            probability = _probability(queries[row, :, block], k_storage[:, seen], hidden, softcap, sinks)
+            torch.bmm(probability.to(value.dtype), v_storage[:, seen], out=out[row, :, block])
+            if decay is not None:
+                fading = decay if at == 0 else 1.0
+                if seen.start > first:
+                    mass[first : seen.start].mul_(fading)
+                slots = mass[seen]
+                if peak:
+                    torch.maximum(slots.mul_(fading), probability.amax(dim=(0, 1)), out=slots)
+                else:
+                    torch.add(probability.sum(dim=(0, 1)), slots, alpha=fading, out=slots)
     length += new_lengths
-    return out
+    return out.view(rows, kv_heads, steps, group, value.shape[3]).transpose(2, 3).flatten(1, 2).contiguous()
 
 
-def _hidden(positions: Tensor, stored: Tensor, window: int | None) -> Tensor | None:
-    """[T, N] keys that a query may not see, or None where all are visible: the newest query sees every retained key."""
-    if positions.numel() == 1 and (window is None or int(positions[0] - stored[0]) < window):
-        return None
+def _append(
+    key: Tensor,
+    value: Tensor,
+    k_storage: Tensor,
+    v_storage: Tensor,
+    position: Tensor,
+    mass: Tensor,
+    counts: NDArray[np.int32],
+    positions: Tensor,
+) -> None:
+    """`reference.append` on flat slots: storage is [kv_heads, slots, dim], position and mass are [slots]."""
+    rows, _, steps, _ = key.shape
+    row, token = (np.arange(steps) < counts[:, 2:]).nonzero()  # [new]
+    slot = torch.from_numpy(counts[row, 0] + counts[row, 1] + token)
+    if steps == 1 and row.size == rows:  # a decode step of all rows: nothing to pick
+        key, value, positions = key[:, :, 0], value[:, :, 0], positions[:, 0]
+    else:
+        at = torch.from_numpy(row), slice(None), torch.from_numpy(token)
+        key, value, positions = key[at], value[at], positions[at[0], at[2]]
+    k_storage.index_copy_(1, slot, key.transpose(0, 1))
+    v_storage.index_copy_(1, slot, value.transpose(0, 1))
+    position.index_copy_(0, slot, positions.to(position.dtype))
+    mass.index_fill_(0, slot, 0.0)
+
+
+def _hidden(positions: Tensor, stored: Tensor, window: int | None) -> Tensor:
+    """[T, N] keys that a query may not see."""
     age = positions[:, None] - stored
     return age < 0 if window is None else (age < 0) | (age >= window)
 
 
-def _attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    hidden: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sink: Tensor | None,
-    track: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """One row: query [kv_heads, G, T, k_dim] over keys [kv_heads, N, k_dim] -> ([kv_heads, G, T, v_dim], mass [N])."""
-    kv_heads, group, steps, _ = query.shape
-    scores = torch.bmm((query * scale).flatten(1, 2), keys.transpose(1, 2))  # [kv_heads, G * T, N]
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+def _probability(
+    queries: Tensor, keys: Tensor, hidden: Tensor | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """[kv_heads, T * G, N] in at least float32, of queries [kv_heads, T * G, D] over keys [kv_heads, N, D]."""
+    scores = torch.bmm(queries, keys.mT)
+    if scores.dtype in (torch.bfloat16, torch.float16):
+        scores = scores.float()
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
-    tokens = scores.shape[-1]
     if hidden is not None:
-        scores.view(kv_heads, group, steps, tokens).masked_fill_(hidden, float("-inf"))
-    if sink is not None:
-        column = sink.to(scores.dtype).expand(-1, -1, steps, 1).flatten(1, 2)  # [kv_heads, G * T, 1]
-        scores = torch.cat([scores, column], dim=-1)
-    probability = torch.softmax(scores, dim=-1)[..., :tokens]
-    out = torch.bmm(probability.to(values.dtype), values)
-    mass = probability.sum(dim=(0, 1)) if track else None
-    return out.view(kv_heads, group, steps, -1), mass
+        scores.unflatten(1, (len(hidden), -1)).masked_fill_(hidden[:, None], float("-inf"))
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    kv_heads, size, tokens = scores.shape
+    sink = sinks.to(scores.dtype).view(kv_heads, 1, -1)  # [kv_heads, 1, G]
+    column = sink.repeat(1, size // sink.shape[2], 1).view(kv_heads, size, 1)
+    return torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :tokens]

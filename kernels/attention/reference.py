@@ -1,4 +1,4 @@
-"""Cached attention in plain PyTorch: append, attend, and accumulate RASR mass. The truth the fast kernels are tested against.
+"""Cached attention in plain PyTorch: append, attend, and accumulate RASR mass. The truth for the fast kernels.
 
 Any device, any page table, any dtype; every page that a row holds is gathered, so this is not fast.
 """
@@ -27,11 +27,13 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     decay: float | None = None,
+    peak: bool = False,
 ) -> Tensor:
     """Append the new tokens of one layer, attend over all it retains, update each slot's attention mass.
 
-    Rows are right-padded: token ``t`` of row ``r`` is real iff ``t < new_lengths[r]``. A key at position p is visible to a
-    query at position q iff ``p <= q`` and, with a window, ``q - p < window``: stored positions decide, never slot indices.
+    Rows are right-padded: token ``t`` of row ``r`` is real iff ``t < new_lengths[r]``. A key at position p is visible
+    to a query at position q iff ``p <= q`` and, with a window, ``q - p < window``: stored positions decide, never slot
+    indices.
 
     Args:
         query: ``[rows, heads, T, k_dim]``, rotated already where the model rotates.
@@ -43,7 +45,7 @@ def attention(
         positions: ``[rows, T]`` logical positions of the new tokens.
         new_lengths: ``[rows]`` int32, 0 for a row that takes no part.
         sinks: ``[heads]`` logits of a learned column that takes probability and gives nothing, or None.
-        decay: gamma of ``s_t = gamma * s_{t-1} + sum over heads and queries of A_t`` (Lethe, RASR); None tracks no mass.
+        decay: gamma of ``s_t = gamma * s_{t-1} + sum over heads and queries of A_t`` (Lethe, RASR); None: mass stays.
 
     Returns:
         ``[rows, heads, T, v_dim]``; zero where a query is padding.
@@ -79,7 +81,8 @@ def attention(
     values = values.to(compute).masked_fill((slots >= total[:, None])[:, None, :, None], 0)
     out = torch.einsum("rhgtn,rhnd->rhgtd", probability, values)
     if decay is not None:
-        _accumulate(slot_mass, probability.sum(dim=(1, 2, 3)), pages, offsets, total, new_lengths, decay)
+        seen = probability.amax(dim=(1, 2, 3)) if peak else probability.sum(dim=(1, 2, 3))
+        _score(slot_mass, seen, pages, offsets, total, new_lengths, decay, peak)
     length += new_lengths
     return out.flatten(1, 2).to(query.dtype)
 
@@ -96,7 +99,7 @@ def append(
     positions: Tensor,
     new_lengths: Tensor,
 ) -> None:
-    """Write the new tokens behind each row's last slot, with their position and a mass of zero. Shapes as `attention`."""
+    """Write the new tokens behind each row's last slot, their position, and a mass of zero. Shapes as `attention`."""
     page = slot_position.shape[1]
     step = torch.arange(key.shape[2], device=key.device)
     row, token = (step < new_lengths[:, None]).nonzero(as_tuple=True)  # [new]
@@ -108,10 +111,18 @@ def append(
     slot_mass[pages, offsets] = 0.0
 
 
-def _accumulate(
-    slot_mass: Tensor, added: Tensor, pages: Tensor, offsets: Tensor, total: Tensor, new_lengths: Tensor, decay: float
+def _score(
+    slot_mass: Tensor,
+    seen: Tensor,
+    pages: Tensor,
+    offsets: Tensor,
+    total: Tensor,
+    new_lengths: Tensor,
+    decay: float,
+    peak: bool,
 ) -> None:
-    """``s = decay * s + added`` on the slots of rows that took part; other rows keep theirs. `added` is [rows, N]."""
-    live = (torch.arange(added.shape[1], device=added.device) < total[:, None]) & (new_lengths > 0)[:, None]
+    """Fade the slots of rows that took part and add `seen` [rows, N], or keep the larger; other rows keep theirs."""
+    live = (torch.arange(seen.shape[1], device=seen.device) < total[:, None]) & (new_lengths > 0)[:, None]
     at = (pages[live], offsets[live])
-    slot_mass[at] = slot_mass[at] * decay + added[live].to(slot_mass.dtype)
+    faded, added = slot_mass[at] * decay, seen[live].to(slot_mass.dtype)
+    slot_mass[at] = torch.maximum(faded, added) if peak else faded + added

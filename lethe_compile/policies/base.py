@@ -74,6 +74,11 @@ class Policy(ABC):
         return None
 
     @property
+    def peak(self) -> bool:
+        """Whether a slot's score follows the peak of its attention rather than the sum; see `LetheConfig.score`."""
+        return False
+
+    @property
     def thresholds(self) -> Tensor:
         """[L, R] int64: retained tokens from which on a layer is considered for pruning; `NEVER` if it is not."""
         return self._thresholds

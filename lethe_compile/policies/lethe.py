@@ -43,6 +43,10 @@ class LethePolicy(Policy):
     def decay(self) -> float | None:
         return self.config.decay
 
+    @property
+    def peak(self) -> bool:
+        return self.config.score == "peak"
+
     def begin(self, num_layers: int, rows: int) -> None:
         floor, budget = self.config.cap_floor, self.config.budget
         if budget is not None and budget < num_layers * floor:

@@ -1,0 +1,126 @@
+"""Capture: from a model of any kind to one FX graph ``(input_ids, …) -> logits`` with batch and tokens dynamic."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lethe_compile.capture.graph import (
+    EXAMPLE_TOKENS,
+    ROLES,
+    Captured,
+    evaluating,
+    example_ids,
+    export,
+    logits_of,
+    named_by_role,
+    roles_of,
+    to_program,
+)
+from lethe_compile.capture.transformers import capture_transformers
+from lethe_compile.errors import InputError
+
+__all__ = ["Captured", "capture", "check_weights"]
+
+
+def capture(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+) -> Captured:
+    """Capture a decoder as a graph.
+
+    Args:
+        model: a Hugging Face model, a plain module (an `fx.GraphModule` too), or an ExportedProgram whose batch and
+            token dimensions are dynamic.
+        example_inputs: arguments for a plain module, positional or by name, where its signature is not
+            ``(input_ids[, positions])``: ``[batch, tokens]`` each. An input of an unknown name is told by its example:
+            token ids come first, positions count 0 … T-1 in every row, a mask of padding is all ones.
+
+    Raises:
+        UnsupportedGraphError: the model cannot be exported, or its graph is no decoder's.
+        InputError: NaN or infinite weights, several devices, or unusable example inputs.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        return _capture_program(model)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"a model to optimize must be a module or an ExportedProgram, not {type(model).__name__}")
+    check_weights(model)
+    with evaluating(model):
+        if any(c.__module__ == "transformers.modeling_utils" for c in type(model).__mro__):
+            return capture_transformers(model)
+        return _capture_module(model, example_inputs)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights that cannot work: on no device, on several, NaN or infinite.
+
+    Raises:
+        InputError: names the parameter.
+    """
+    devices: dict[str, str] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        devices.setdefault(str(tensor.device), name)
+    if len(devices) > 1:
+        places = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise InputError(f"the model lies on several devices ({places}): move it to one with model.to(device)")
+    if "meta" in devices:
+        raise InputError(f"the model has no weights: {devices['meta']} is on the meta device")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise InputError(f"the weights are broken: {name} holds NaN or infinity")
+
+
+def _capture_program(exported: torch.export.ExportedProgram) -> Captured:
+    module = exported.module(check_guards=False)
+    names = [str(n.target) for n in module.graph.nodes if n.op == "placeholder"]
+    leaves, structure = tree_flatten(exported.example_inputs)
+    example = dict(zip(names, leaves, strict=True))
+    roles = roles_of(example)
+
+    def original(inputs: Mapping[str, Tensor]) -> Tensor:
+        given = {**example, **named_by_role(roles, inputs)}
+        args, kwargs = tree_unflatten(given.values(), structure)
+        return logits_of(module(*args, **kwargs))
+
+    return Captured(to_program(exported, roles), original)
+
+
+def _capture_module(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] | None) -> Captured:
+    example = _example(model, example_inputs)
+    roles = roles_of(example)
+    program = to_program(export(model, example), roles)
+
+    def original(inputs: Mapping[str, Tensor]) -> Tensor:
+        with evaluating(model):
+            return logits_of(model(**named_by_role(roles, inputs)))
+
+    return Captured(program, original)
+
+
+def _example(model: nn.Module, given: Sequence[Any] | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Example arguments by parameter name: those given, or made up for parameters whose names are known."""
+    if isinstance(model, fx.GraphModule):
+        names = [str(n.target) for n in model.graph.nodes if n.op == "placeholder"]
+    else:
+        parameters = inspect.signature(model.forward).parameters.values()
+        names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if isinstance(given, Mapping):
+        return dict(given)
+    if given is not None:
+        if len(given) > len(names):
+            raise InputError(f"{len(given)} example inputs for a model that takes {len(names)}: {', '.join(names)}")
+        return dict(zip(names, given, strict=False))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    ids = example_ids(device)
+    example = dict.fromkeys(names[:1], ids)
+    for name in names[1:]:
+        if name in ROLES["position_ids"]:
+            example[name] = torch.arange(EXAMPLE_TOKENS, device=device).expand_as(ids).contiguous()
+        elif name in ROLES["attention_mask"]:
+            example[name] = torch.ones_like(ids)
+    return example

@@ -1,0 +1,132 @@
+"""Capture of Hugging Face models: their attention interface hands every attention over as one call."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lethe_compile.capture.graph import EXAMPLE_TOKENS, ROLES, Captured, evaluating, example_ids, export, to_program
+from lethe_compile.errors import UnsupportedGraphError
+
+_interface_lock = threading.Lock()
+
+
+def capture_transformers(model: Any) -> Captured:
+    """Capture a `PreTrainedModel` with a language-model head.
+
+    Raises:
+        UnsupportedGraphError: it is no decoder, cannot be exported, or asks of its attention what is not understood.
+    """
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedGraphError(f"{type(model).__name__} is an encoder-decoder, not a decoder")
+    if model.get_output_embeddings() is None:
+        raise UnsupportedGraphError(f"{type(model).__name__} gives no logits", hint="load it with AutoModelForCausalLM")
+    ids = example_ids(model.device)
+    positions = torch.arange(EXAMPLE_TOKENS, device=ids.device).expand_as(ids).contiguous()
+    example = {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
+    wrapped = _Logits(model)
+    with _attention_captured(model):
+        exported = export(wrapped, example)
+    expected = getattr(config.get_text_config(), "num_hidden_layers", None)
+
+    def original(inputs: Mapping[str, Tensor]) -> Tensor:
+        with evaluating(model), _eager_attention(model):
+            logits: Tensor = wrapped(**inputs)
+            return logits
+
+    return Captured(to_program(exported, {role: role for role in ROLES}, expected), original)
+
+
+class _Logits(nn.Module):
+    """A Hugging Face model reduced to what the graph needs: ids, positions and padding in, logits out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        accepted = inspect.signature(model.forward).parameters
+        self.options = {"use_cache": False} if "use_cache" in accepted else {}
+        self.positions = "position_ids" in accepted
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        positions = {"position_ids": position_ids} if self.positions else {}
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, **positions, **self.options)
+        logits: Tensor = output.logits
+        return logits
+
+
+@contextmanager
+def _eager_attention(model: Any) -> Iterator[None]:
+    """Transformers' eager attention for the time of a call: the one that leaves nothing out (sdpa drops softcap)."""
+    configs = [m.config for m in model.modules() if hasattr(m, "config")]
+    before = [(c, c._attn_implementation) for c in configs if hasattr(c, "_attn_implementation")]
+    try:
+        for config, _ in before:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+
+
+@contextmanager
+def _attention_captured(model: Any) -> Iterator[None]:
+    """Route the model's attention through `attention_site` for the time of an export.
+
+    The capture function goes by the name "eager": models test that name, and masks are made for it. Under any other
+    name some models change semantics (softcap dropped, causal masks not made).
+    """
+    from transformers.modeling_utils import AttentionInterface
+
+    registry = AttentionInterface._global_mapping
+    with _interface_lock, _eager_attention(model):
+        previous = registry.get("eager")
+        try:
+            AttentionInterface.register("eager", _attention)
+            yield
+        finally:
+            registry.pop("eager", None)
+            if previous is not None:
+                registry["eager"] = previous
+
+
+# What transformers passes beside the operands and is without effect on the result; anything else is refused.
+_WITHOUT_EFFECT = frozenset(
+    {
+        *("position_ids", "cache_position", "use_cache", "past_key_values", "is_causal", "position_embeddings"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
+    }
+)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **other: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface, with the call kept as one node. Operands ``[B, heads, T, head_dim]``."""
+    unknown = sorted(name for name, given in other.items() if given is not None and name not in _WITHOUT_EFFECT)
+    layer = int(getattr(module, "layer_idx", None) or 0)
+    if unknown:
+        raise UnsupportedGraphError(f"its attention takes {', '.join(unknown)}, which is not understood", layer=layer)
+    if dropout:
+        raise UnsupportedGraphError(f"its attention applies dropout {dropout} outside training", layer=layer)
+    scale = float(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
+    options = (scale, None if softcap is None else float(softcap), sliding_window, layer)
+    out = torch.ops.lethe.attention_site(query, key, value, attention_mask, s_aux, *options)
+    return out.transpose(1, 2).contiguous(), None  # [B, T, heads, v_dim]
