@@ -28,9 +28,9 @@ class LetheConfig:
     policy: str = "lethe"
     """Registered name of the eviction policy: `lethe`, `full` (evicts nothing), or one of your own."""
 
-    sparse_ratio: float = 20.0
+    sparse_ratio: float = 30.0
     """τ: the highest score must exceed a score τ times for that one to be prunable. Ratio in (1, 1e30]; larger keeps
-    more. Paper: 400."""
+    more. Paper: 400, for sums of attention. Measured: see `score`."""
 
     recent_ratio: float = 0.3
     """Share of a sequence's retained tokens, counted from the newest, that a round never evicts: the grace of new
@@ -45,9 +45,11 @@ class LetheConfig:
     ln 2 / (1 - γ) steps, 35 at 0.98. Not in the paper."""
 
     score: str = "peak"
-    """What a token's score gathers from a step: "peak", its largest attention probability over heads and queries, kept as
-    `max(γ·s, peak)`; or "sum", the paper's RASR, the sum over heads and queries, kept as `γ·s + sum`. A sum also counts
-    the little that idle heads spread over everything, which drowns what one head really reads."""
+    """What a token's score gathers from a step: "peak", its largest attention probability over heads and queries, kept
+    as `max(γ·s, peak)`; or "sum", the paper's RASR, the sum over heads and queries, kept as `γ·s + sum`. A sum also
+    counts the little that idle heads spread over everything, which drowns what one head really reads.
+
+    MEASURED"""
 
     sink_tokens: int = 4
     """Tokens at positions 0..sink_tokens-1, which a round never evicts. 0..1024. Not in the paper."""

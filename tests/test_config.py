@@ -19,6 +19,7 @@ REFUSED: dict[str, list[Any]] = {
     "recent_ratio": [-0.1, 1.01, math.nan, "0.3", False, None],
     "segments": [1, 0, -8, 1025, 8.0, True, "8", None],
     "decay": [0, 0.0, -0.5, 1.01, math.nan, "0.9", True, None],
+    "score": ["max", "", None, True],
     "sink_tokens": [-1, 1025, 4.0, True, None],
     "prune_threshold": [0, -128, 128.0, True, "128", None],
     "prune_interval": [0, -1, 32.0, True, None],
@@ -35,6 +36,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "recent_ratio": [0, 0.0, 1, 1.0],
     "segments": [2, 1024],
     "decay": [1e-6, 1, 1.0],
+    "score": ["peak", "sum"],
     "sink_tokens": [0, 1024],
     "prune_threshold": [1, 10**9],
     "prune_interval": [1, 10**6],
@@ -92,6 +94,7 @@ def test_is_frozen() -> None:
 def test_paper_values() -> None:
     paper = LetheConfig.paper()
     assert (paper.policy, paper.sparse_ratio, paper.recent_ratio) == ("lethe", 400.0, 0.3)
+    assert paper.score == "sum"
     assert paper.paper_literal and not paper.protect_prompt
     assert paper.max_tokens is None and paper.budget is None
 

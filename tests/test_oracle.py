@@ -27,13 +27,13 @@ from lethe_compile.runtime import Round
 
 PRUNING = {
     "lethe": lethe.LetheConfig(
-        sparse_ratio=1.5, segments=8, decay=0.9, prune_threshold=20, prune_interval=5, page_size=4, protect_prompt=False
+        sparse_ratio=1.2, segments=8, decay=0.9, prune_threshold=20, prune_interval=5, page_size=4, protect_prompt=False
     ),
     "capped": lethe.LetheConfig(
         sparse_ratio=1e9, decay=0.9, prune_threshold=16, prune_interval=4, max_tokens=24, page_size=8, recent_ratio=0.2
     ),
     "literal": lethe.LetheConfig(
-        sparse_ratio=1.05, decay=0.8, prune_threshold=18, prune_interval=3, paper_literal=True, page_size=2
+        sparse_ratio=1.05, decay=0.8, score="sum", prune_threshold=18, prune_interval=3, paper_literal=True, page_size=2
     ),
 }
 

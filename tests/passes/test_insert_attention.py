@@ -22,7 +22,7 @@ def narrow(toy: Toy, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def test_inputs_are_the_cache_and_the_op_alone_writes() -> None:
     captured = capture(Toy(causal, narrow, causal))
-    program = run_pipeline(captured.program, pipeline(0.9)).program
+    program = run_pipeline(captured.program, pipeline(0.9, peak=True)).program
     shapes = {str(n.target): shape_of(n) for n in program.placeholders()}
     pools = [f"{name}_{group}" for group in (0, 1) for name in ("k_pages", "v_pages", "slot_position", "slot_mass")]
     assert list(shapes) == ["input_ids", "positions", "new_lengths", *pools, "page_table", "length"]
@@ -30,7 +30,7 @@ def test_inputs_are_the_cache_and_the_op_alone_writes() -> None:
     assert shapes["k_pages_0"][1::2] == (2, 8) and shapes["k_pages_1"][1::2] == (1, 8)
     assert shapes["page_table"][0] == 3
     calls = [n for n in program.graph.nodes if n.target is CACHED_OP]
-    assert [n.args[-1] for n in calls] == [0.9] * 3 and [n.args[-2] for n in calls] == [0, 1, 2]
+    assert [n.args[-3:] for n in calls] == [(layer, 0.9, True) for layer in range(3)]
     assert calls == [s.node for s in program.sites]
     assert not any(n.target is SITE_OP for n in program.graph.nodes)
 
