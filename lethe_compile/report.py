@@ -123,15 +123,12 @@ class Report(_Printable):
         return table
 
     def _layer_table(self) -> Table:
-        columns = ("layer", "name", "found by", "heads", "KV", "head_dim", "mask", "softcap", "sinks", "B/token")
-        table = _table("attention", *columns)
+        table = _table("attention", "layer", "name", "found by", "heads", "head_dim", "mask", "B/token")
         for layer in self.layers:
             dims = str(layer.k_dim) if layer.k_dim == layer.v_dim else f"{layer.k_dim}/{layer.v_dim}"
-            mask = layer.mask if layer.window is None else f"{layer.mask} {layer.window}"
-            heads, cap = (str(layer.heads), str(layer.kv_heads)), "" if layer.softcap is None else f"{layer.softcap:g}"
-            sinks = "yes" if layer.sinks else ""
+            heads = f"{layer.heads}/{layer.kv_heads}"  # query heads over KV heads
             size = f"{layer.bytes_per_token:,}"
-            table.add_row(str(layer.layer), layer.name, layer.found_by, *heads, dims, mask, cap, sinks, size)
+            table.add_row(str(layer.layer), layer.name, layer.found_by, heads, dims, _mask_words(layer), size)
         return table
 
 
@@ -184,6 +181,12 @@ class CacheStats(_Printable):
         return Group(table, f"all sequences: mean {_bytes(self.bytes_mean)}, peak {_bytes(self.bytes_peak)}")
 
 
+def _mask_words(layer: LayerReport) -> str:
+    window = "" if layer.window is None else f" {layer.window}"
+    softcap = "" if layer.softcap is None else f", softcap {layer.softcap:g}"
+    return f"{layer.mask}{window}{softcap}{', sinks' if layer.sinks else ''}"
+
+
 def _layer(site: Site, dtype: torch.dtype) -> LayerReport:
     assert site.mask is not None, "a site is only inserted once its mask is proved"
     return LayerReport(
@@ -211,7 +214,7 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in columns:
         words = column in ("pass", "name", "found by", "mask", "refusals")
-        table.add_column(column, justify="left" if words else "right")
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
     return table
 
 

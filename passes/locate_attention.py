@@ -55,7 +55,7 @@ class LocateAttention:
         for node in list(program.graph.nodes):
             layer = len(sites)
             if is_call(node, SITE_OP):
-                sites.append(_site(program, node, layer, "attention interface"))
+                sites.append(_site(program, node, layer, "interface"))
             elif is_call(node, aten.scaled_dot_product_attention):
                 sites.append(_site(program, _from_sdpa(program, node, layer), layer, "sdpa"))
             else:

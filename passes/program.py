@@ -34,7 +34,7 @@ class Site:
     layer: int
     node: fx.Node
     name: str  # the module path in the user's model, or the node's name
-    found_by: str  # "attention interface" | "sdpa"
+    found_by: str  # "interface" | "sdpa"
     heads: int
     kv_heads: int
     k_dim: int

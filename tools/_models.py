@@ -17,6 +17,9 @@ def load_model(name: str) -> Any:
     Raises:
         InputError: nothing can be loaded under that name; says what was tried.
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # one of ours is enough
     if name == REASONER:
         from lethe_compile.models import reasoner
 

@@ -21,8 +21,10 @@ from lethe_compile.errors import InputError
 from lethe_compile.models import reasoner
 from lethe_compile.report import CacheStats
 from lethe_compile.runtime import OptimizedModel
+from lethe_compile.tools import _models
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
+_WIDTH = 24  # characters of a bar
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; the exit status is 0 whatever the accuracy."""
     options = _arguments(argv)
-    console = Console(stderr=False)
+    console = Console()
     problems = _problems(options)
-    model = reasoner.load_model()
+    model = _models.load_model(_models.REASONER)
     config = LetheConfig(**{name: value for name, value in vars(options).items() if name in _CONFIGURABLE})
     console.print(
         f"{options.problems} fresh problems with traces of {options.shortest}–"
@@ -51,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     fast = optimize(model, config)
     with fast.unpruned():
-        full, full_stats = _run(fast, problems, options, "full cache")
-    lethe, lethe_stats = _run(fast, problems, options, "Lethe")
+        full, _ = _run(fast, problems, "full cache")
+    lethe, stats = _run(fast, problems, "Lethe")
     console.print(_table(full, lethe, options.problems))
-    console.print(_picture(full, lethe, full_stats, lethe_stats))
+    console.print(_picture(full, lethe, stats))
     if options.json is not None:
         shared = {name: value for name, value in asdict(full).items() if name != "retained_per_layer"}
         result = {"problems": options.problems, "full": shared, "lethe": asdict(lethe), "config": config.to_dict()}
@@ -99,9 +101,7 @@ def _problems(options: argparse.Namespace) -> list[reasoner.Problems]:
     ]
 
 
-def _run(
-    fast: OptimizedModel, problems: Sequence[reasoner.Problems], options: argparse.Namespace, label: str
-) -> tuple[Outcome, CacheStats]:
+def _run(fast: OptimizedModel, problems: Sequence[reasoner.Problems], label: str) -> tuple[Outcome, CacheStats]:
     """Solve all problems in one batch, greedily."""
     ids, mask = _batch(problems)
     width = ids.shape[1]
@@ -151,22 +151,23 @@ def _table(full: Outcome, lethe: Outcome, problems: int) -> Table:
     return table
 
 
-def _picture(full: Outcome, lethe: Outcome, full_stats: CacheStats, lethe_stats: CacheStats) -> Table:
-    """Tokens retained per layer: their mean, and their course over the generation, a block character a time slice."""
-    table = Table(title="tokens retained per layer, mean over sequences", title_justify="left", box=None)
-    for column in ("layer", "full", "Lethe", "start of the generation → end (full cache above, Lethe below)"):
+def _picture(full: Outcome, lethe: Outcome, stats: CacheStats) -> Table:
+    """Tokens retained per layer: the mean beside that of the full cache, and their course from round to round."""
+    table = Table(title="tokens retained per layer, mean over sequences and steps", title_justify="left", box=None)
+    for column in ("layer", "full", "Lethe", "Lethe of full", "Lethe, start to end"):
         table.add_column(column, justify="right" if column in ("layer", "full", "Lethe") else "left")
-    top = max(max(moment) for moment in full_stats.timeline)
+    top = max(map(max, stats.timeline))
     for layer, (before, after) in enumerate(zip(full.retained_per_layer, lethe.retained_per_layer, strict=True)):
-        table.add_row(str(layer), f"{before:,.0f}", "", f"[dim]{_spark(full_stats.timeline, layer, top)}[/dim]")
-        table.add_row("", "", f"{after:,.0f}", f"[green]{_spark(lethe_stats.timeline, layer, top)}[/green]")
+        filled = round(_WIDTH * after / before)
+        bar = f"[green]{'█' * filled}[/green][dim]{'░' * (_WIDTH - filled)}[/dim]"
+        table.add_row(str(layer), f"{before:,.0f}", f"{after:,.0f}", bar, _spark(stats.timeline, layer, top))
     return table
 
 
-def _spark(timeline: Sequence[Sequence[float]], layer: int, top: float, width: int = 48) -> str:
-    """One layer's course [rounds][layers] in `width` block characters, `top` tokens full height."""
-    at = [timeline[min(len(timeline) - 1, i * len(timeline) // width)][layer] for i in range(width)]
-    return "".join(_BLOCKS[max(1, round(value / top * (len(_BLOCKS) - 1)))] for value in at)
+def _spark(timeline: Sequence[Sequence[float]], layer: int, top: float) -> str:
+    """One layer's course [rounds][layers] in block characters, `top` tokens at full height."""
+    at = [timeline[i * len(timeline) // _WIDTH][layer] for i in range(_WIDTH)]
+    return "".join(_BLOCKS[round(value / top * (len(_BLOCKS) - 1))] for value in at)
 
 
 if __name__ == "__main__":
