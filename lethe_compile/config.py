@@ -28,7 +28,7 @@ class LetheConfig:
     policy: str = "lethe"
     """Registered name of the eviction policy: `lethe`, `full` (evicts nothing), or one of your own."""
 
-    sparse_ratio: float = 30.0
+    sparse_ratio: float = 20.0
     """τ: the highest score must exceed a score τ times for that one to be prunable. Ratio in (1, 1e30]; larger keeps
     more. Paper: 400, for sums of attention. Measured: see `score`."""
 
@@ -40,9 +40,9 @@ class LetheConfig:
     """D: equal segments of the sorted scores between which a breakpoint is looked for. 2..1024. More segments cut
     closer to the first prunable score; fewer are safer, since the first n/D tokens always stay. Not in the paper."""
 
-    decay: float = 0.98
+    decay: float = 0.985
     """γ: factor on every token's score at each decode step (RASR). In (0, 1]; 1 never forgets. A score halves in
-    ln 2 / (1 - γ) steps, 35 at 0.98. Not in the paper."""
+    ln 2 / (1 - γ) steps, 46 at 0.985. Not in the paper."""
 
     score: str = "peak"
     """What a token's score gathers from a step: "peak", its largest attention probability over heads and queries, kept

@@ -206,7 +206,7 @@ class OptimizedModel(nn.Module):
             )
             for site in self.sites
         ]
-        before = self.cache.pages_held()
+        filled = self._filled_pages()
         for state, selection in zip(states, self.policy.round(states), strict=True):
             if selection is None:
                 continue
@@ -214,10 +214,14 @@ class OptimizedModel(nn.Module):
                 callback(Round(state.layer, state.position, selection.keep, state.next_position.clone()))
             self.cache.compact(state.layer, selection.keep)
             self._rounds[state.layer] += selection.pruned.cpu().numpy()
-        self._freed += (before - self.cache.pages_held()) * self._page_bytes
+        self._freed += (filled - self._filled_pages()) * self._page_bytes
         self._until_round = self.config.prune_interval
         self._timeline.append(self.cache.lengths[:, active.cpu().numpy()].mean(1).tolist())
         self.cache.reserve(self._until_round, active.tolist())
+
+    def _filled_pages(self) -> np.ndarray[Any, Any]:
+        """[layers, rows] pages that hold at least one token, without those only reserved."""
+        return -(-self.cache.lengths // self.config.page_size)
 
     def _observe(self, active: Tensor) -> None:
         """Keep what `cache_stats` tells; of a row that has finished, as it was at its end."""
