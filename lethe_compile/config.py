@@ -28,11 +28,11 @@ class LetheConfig:
     policy: str = "lethe"
     """Registered name of the eviction policy: `lethe`, `full` (evicts nothing), or one of your own."""
 
-    sparse_ratio: float = 20.0
+    sparse_ratio: float = 28.0
     """τ: the highest score must exceed a score τ times for that one to be prunable. Ratio in (1, 1e30]; larger keeps
     more. Paper: 400, for sums of attention. Measured: see `score`."""
 
-    recent_ratio: float = 0.3
+    recent_ratio: float = 0.4
     """Share of a sequence's retained tokens, counted from the newest, that a round never evicts: the grace of new
     tokens, whose scores are still small. In [0, 1]; at least one token is kept in any case. Paper: 0.3."""
 
