@@ -21,7 +21,8 @@ def test_a_factory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [layer["window"] for layer in json.loads(file.read_text())["layers"]] == [7, 7, 7]
 
 
-def test_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     tiny("qwen3").save_pretrained(tmp_path)
     assert inspect_graph.main([str(tmp_path)]) == 0
     assert "model.layers.2.self_attn" in capsys.readouterr().out
