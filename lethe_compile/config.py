@@ -28,7 +28,7 @@ class LetheConfig:
     policy: str = "lethe"
     """Registered name of the eviction policy: `lethe`, `full` (evicts nothing), or one of your own."""
 
-    sparse_ratio: float = 28.0
+    sparse_ratio: float = 30.0
     """τ: the highest score must exceed a score τ times for that one to be prunable. Ratio in (1, 1e30]; larger keeps
     more. Paper: 400, for sums of attention. Measured: see `score`."""
 
@@ -77,8 +77,9 @@ class LetheConfig:
     protect_prompt: bool = True
     """Never evict prompt tokens, except where a hard cap leaves no room for them. Not in the paper."""
 
-    page_size: int = 16
-    """Tokens per page of the KV cache. A power of two, 1..256."""
+    page_size: int = 8
+    """Tokens per page of the KV cache. A power of two, 1..256. Small, since pruned caches are: a sequence wastes half a
+    page in each layer, 3% of 280 retained tokens at 16."""
 
     def __post_init__(self) -> None:
         for name, rule in _RULES.items():

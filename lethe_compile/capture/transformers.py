@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lethe_compile.capture.graph import EXAMPLE_TOKENS, ROLES, Captured, evaluating, example_ids, export, to_program
 from lethe_compile.errors import UnsupportedGraphError
@@ -41,7 +41,9 @@ def capture_transformers(model: Any) -> Captured:
             logits: Tensor = wrapped(**inputs)
             return logits
 
-    return Captured(to_program(exported, {role: role for role in ROLES}, expected), original)
+    program = to_program(exported, {role: role for role in ROLES}, expected)
+    _name_from_the_model(program.graph)
+    return Captured(program, original)
 
 
 class _Logits(nn.Module):
@@ -59,6 +61,15 @@ class _Logits(nn.Module):
         output = self.model(input_ids=input_ids, attention_mask=attention_mask, **positions, **self.options)
         logits: Tensor = output.logits
         return logits
+
+
+def _name_from_the_model(graph: fx.Graph) -> None:
+    """Module paths as in the user's model, without that of the wrapper around it."""
+    for node in graph.nodes:
+        if stack := node.meta.get("nn_module_stack"):
+            node.meta["nn_module_stack"] = {
+                key: (path.removeprefix("model").removeprefix("."), kind) for key, (path, kind) in stack.items()
+            }
 
 
 @contextmanager
