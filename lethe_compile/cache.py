@@ -230,6 +230,17 @@ class KVCache:
         """Storage of the pools' tensors as it is, held or free."""
         return sum(pool.bytes for pool in self._pools)
 
+    def pages_held(self) -> Counts:
+        """[layers, rows] pages held, those that are only reserved included."""
+        held = np.zeros_like(self.lengths)
+        for pool in self._pools:
+            held[pool.layers] = pool.layout.count.reshape(-1, self.rows)
+        return held
+
+    def pages_filled(self) -> Counts:
+        """[layers, rows] pages that hold at least one token."""
+        return self._pages(self.lengths)
+
     def stats(self) -> dict[str, Any]:
         """Plain numbers for a report. Bytes are of keys and values, but for `overhead_bytes` and the pools'.
 
@@ -263,13 +274,6 @@ class KVCache:
         if array.shape != (self.rows,) or (array < 0).any():
             raise InputError(f"{list(values)} is not a number of tokens >= 0 for each of {self.rows} rows")
         return array
-
-    def pages_held(self) -> Counts:
-        """[layers, rows] pages held."""
-        held = np.zeros_like(self.lengths)
-        for pool in self._pools:
-            held[pool.layers] = pool.layout.count.reshape(-1, self.rows)
-        return held
 
     def _split(self, pages: Counts) -> list[Counts]:
         """[layers, rows] as one flat [sequences] array per pool."""

@@ -53,7 +53,7 @@ def read_prompt(
         if config.bos_token_id is None:
             raise InputError("there is no prompt: pass input_ids, or set bos_token_id to start from")
         ids = torch.full((1, 1), config.bos_token_id, device=device)
-    ids = _check_ids(ids, vocab_size, device)
+    ids = check_ids(ids, vocab_size, device)
     mask = _infer_mask(ids, config) if attention_mask is None else _check_mask(attention_mask, ids)
     _check_padding(mask, inferred=attention_mask is None)
     copies = 1 if config.num_return_sequences is None else config.num_return_sequences
@@ -63,7 +63,8 @@ def read_prompt(
     return Prompt(ids, lengths, int(lengths.max()))
 
 
-def _check_ids(ids: Tensor, vocab_size: int, device: torch.device) -> Tensor:
+def check_ids(ids: Tensor, vocab_size: int, device: torch.device) -> Tensor:
+    """Token ids ``[rows, prompt]`` as int64. Raises `InputError` for what no model with this vocabulary can read."""
     if not isinstance(ids, Tensor):
         raise InputError(f"input_ids must be a tensor [rows, prompt], not {type(ids).__name__}")
     if ids.dtype not in (torch.int64, torch.int32):

@@ -20,6 +20,7 @@ from lethe_compile.passes.program import Program
 from lethe_compile.policies import make_policy
 from lethe_compile.policies.base import LayerState
 from lethe_compile.policies.full import FullPolicy
+from lethe_compile.prompt import check_ids
 from lethe_compile.report import CacheStats, Report
 
 
@@ -65,6 +66,8 @@ class OptimizedModel(nn.Module):
         self._cache_inputs = [str(n.target) for n in program.placeholders()[3:]]
         self._dtype: torch.dtype = program.sites[0].node.meta["val"].dtype
         self._device: torch.device = program.input_ids.meta["val"].device
+        tokens = [geometry.bytes_per_token(self._dtype) for geometry in self._geometries()]
+        self._page_bytes = np.array(tokens, np.int64)[:, None] * config.page_size  # [layers, 1]
         self.cache = self._new_cache()
         self._generating = False
         self.policy.begin(len(self.sites), 0)
@@ -102,12 +105,7 @@ class OptimizedModel(nn.Module):
 
     def _right_pad(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Real tokens of each row [rows], and the columns [rows, T] in an order that brings them to the front."""
-        if ids.dim() != 2 or 0 in ids.shape:
-            raise InputError(f"input_ids must be [rows, T] with at least one row and token, not {list(ids.shape)}")
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"input_ids must hold int64 or int32 token ids, not {ids.dtype}")
-        if bool((ids < 0).any()) or int(ids.max()) >= self.vocab_size:
-            raise InputError(f"input_ids hold ids outside the vocabulary 0..{self.vocab_size - 1}")
+        ids = check_ids(ids, self.vocab_size, self.device)
         if self.max_positions is not None and ids.shape[1] > self.max_positions:
             raise InputError(f"{ids.shape[1]} tokens are more than the model's {self.max_positions} positions")
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -206,7 +204,7 @@ class OptimizedModel(nn.Module):
             )
             for site in self.sites
         ]
-        filled = self._filled_pages()
+        filled = self.cache.pages_filled()
         for state, selection in zip(states, self.policy.round(states), strict=True):
             if selection is None:
                 continue
@@ -214,28 +212,18 @@ class OptimizedModel(nn.Module):
                 callback(Round(state.layer, state.position, selection.keep, state.next_position.clone()))
             self.cache.compact(state.layer, selection.keep)
             self._rounds[state.layer] += selection.pruned.cpu().numpy()
-        self._freed += (filled - self._filled_pages()) * self._page_bytes
+        self._freed += (filled - self.cache.pages_filled()) * self._page_bytes
         self._until_round = self.config.prune_interval
         self._timeline.append(self.cache.lengths[:, active.cpu().numpy()].mean(1).tolist())
         self.cache.reserve(self._until_round, active.tolist())
-
-    def _filled_pages(self) -> np.ndarray[Any, Any]:
-        """[layers, rows] pages that hold at least one token, without those only reserved."""
-        return -(-self.cache.lengths // self.config.page_size)
 
     def _observe(self, active: Tensor) -> None:
         """Keep what `cache_stats` tells; of a row that has finished, as it was at its end."""
         on = active.cpu().numpy().astype(bool)
         self._retained = np.where(on, self.cache.lengths, self._retained)
-        self._held = np.where(on, self.cache.pages_held() * self._page_bytes, self._held)
+        self._held = np.where(on, self.cache.pages_held(), self._held)
         self._retained_sum += self.cache.lengths
         self._steps += 1
-
-    @property
-    def _page_bytes(self) -> np.ndarray[Any, Any]:
-        """[layers, 1] bytes of keys and values in one page of each layer."""
-        sizes = [g.bytes_per_token(self._dtype) * self.config.page_size for g in self._geometries()]
-        return np.array(sizes, np.int64)[:, None]
 
     def _geometries(self) -> list[Geometry]:
         return [Geometry(site.kv_heads, site.k_dim, site.v_dim) for site in self.sites]
@@ -262,7 +250,7 @@ class OptimizedModel(nn.Module):
             rounds=self._rounds.tolist(),
             threshold=self.policy.thresholds.tolist(),
             sparsity=self.policy.sparsity.tolist(),
-            bytes_held=self._held.tolist(),
+            bytes_held=(self._held * self._page_bytes).tolist(),
             bytes_freed=self._freed.tolist(),
             timeline=self._timeline,
             bytes_peak=self.cache.bytes_peak,
