@@ -2,14 +2,24 @@
 
 `lethe::attention_site` marks, in a captured graph, a call of a model's own attention; a pass replaces every one.
 `lethe::attention` is the canonical op: it appends, attends over the retained slots, and scores them by what they got.
+`lethe::linears` are linear maps of one input, side by side.
+`select`, `hoyer_sparsity` and `compact` run between steps, outside every graph: plain functions that pick a kernel.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lethe_compile.kernels.attention import cpu, reference
+from lethe_compile.kernels.compact import reference as compact_reference
+from lethe_compile.kernels.linear import reference as linear_reference
+from lethe_compile.kernels.select import reference as select_reference
 
 
 @torch.library.custom_op("lethe::attention_site", mutates_args=())
@@ -69,8 +79,14 @@ def _attention(
     Other shapes and the effects on the state are those of `kernels.attention.reference.attention`.
     """
     table, retained = page_table[layer], length[layer]
-    served = query.is_cpu and cpu.serves(query, k_pages, v_pages, table, retained + new_lengths)
-    kernel = cpu.attention if served else reference.attention
+    kernel: Callable[..., Tensor] = reference.attention
+    if query.is_cpu and cpu.serves(query, k_pages, v_pages, table, retained + new_lengths):
+        kernel = cpu.attention
+    elif _use_triton(query) and query.dtype != torch.float64:
+        from lethe_compile.kernels.decode import triton as decode
+        from lethe_compile.kernels.prefill import triton as prefill
+
+        kernel = decode.attention if query.shape[2] == 1 else prefill.attention
     return kernel(
         query,
         key,
@@ -107,3 +123,63 @@ torch.library.define(
 )
 torch.library.impl("lethe::attention", "CompositeExplicitAutograd", torch.no_grad()(_attention))
 torch.library.register_fake("lethe::attention", _output)
+
+
+@torch.library.custom_op("lethe::linears", mutates_args=())
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """`kernels.linear.reference.linears`, by the fastest kernel for the device and the number of tokens."""
+    if _use_triton(x):
+        from lethe_compile.kernels.linear import triton as fast
+
+        if fast.serves(x, weights):
+            return fast.linears(x, weights, biases)
+    return linear_reference.linears(x, weights, biases)
+
+
+@linears.register_fake
+def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    return x.new_empty(*x.shape[:-1], sum(w.shape[0] for w in weights))
+
+
+def select(mass: Tensor, position: Tensor, length: Tensor, **rule: Any) -> tuple[Tensor, Tensor]:
+    """`kernels.select.reference.select`, by the fastest kernel for the tensors' device; the same bits from each."""
+    if _use_triton(mass):
+        from lethe_compile.kernels.select.triton import select as fast
+
+        return fast(mass, position, length, **rule)
+    return select_reference.select(mass, position, length, **rule)
+
+
+def hoyer_sparsity(mass: Tensor, length: Tensor) -> Tensor:
+    """`kernels.select.reference.hoyer_sparsity`, by the fastest kernel for the tensors' device."""
+    if _use_triton(mass):
+        from lethe_compile.kernels.select.triton import hoyer_sparsity as fast
+
+        return fast(mass, length)
+    return select_reference.hoyer_sparsity(mass, length)
+
+
+def compact(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_position: Tensor,
+    slot_mass: Tensor,
+    page_table: Tensor,
+    length: Tensor,
+    keep: Tensor,
+) -> Tensor:
+    """`kernels.compact.reference.compact`, by the fastest kernel for the tensors' device; the same bits from each."""
+    if _use_triton(keep):
+        from lethe_compile.kernels.compact.triton import compact as fast
+
+        return fast(k_pages, v_pages, slot_position, slot_mass, page_table, length, keep)
+    return compact_reference.compact(k_pages, v_pages, slot_position, slot_mass, page_table, length, keep)
+
+
+def _use_triton(tensor: Tensor) -> bool:
+    return tensor.is_cuda and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

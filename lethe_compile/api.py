@@ -11,6 +11,8 @@ from torch import nn
 
 from lethe_compile.capture import capture
 from lethe_compile.config import LetheConfig
+from lethe_compile.executor import choose_backend
+from lethe_compile.memory import check_kv_memory
 from lethe_compile.passes import pipeline
 from lethe_compile.passes.base import run_pipeline
 from lethe_compile.passes.limits import max_positions, vocab_size
@@ -26,6 +28,8 @@ def optimize(
     policy: str | None = None,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     verified: bool = True,
+    backend: str = "auto",
+    kv_memory: int | float | None = None,
 ) -> OptimizedModel:
     """Compile a decoder so that its KV cache is pruned, layer by layer, while it generates.
 
@@ -36,20 +40,30 @@ def optimize(
         policy: name of the eviction policy, overriding the config's: "lethe", "full" (evicts nothing), or registered.
         example_inputs: for a plain module whose signature is not ``(input_ids[, positions])``.
         verified: compare the result with the model on sample sequences, whole and step by step, before returning it.
+        backend: "eager" runs the graph node by node; "inductor" compiles what lies between the attention ops, each
+            repeated layer once; "cudagraphs" also replays decode steps as CUDA graphs; "auto" takes the last on a GPU
+            with Triton, else the first.
+        kv_memory: most memory of the KV cache: an integer of bytes, or a float in (0, 1], the fraction of what is free
+            when a generation begins; None for what it comes to need. With a number, on a GPU, all of it is allocated at
+            once. A batch that might not fit is refused before any work, and a policy that can prunes harder rather than
+            run out of pages.
 
     Raises:
         UnsupportedGraphError: the model cannot be captured, or something in its graph cannot be rewritten safely;
             names layer, node and reason. Never is a layer silently left unpruned.
         InputError: broken weights, several devices, unusable example inputs.
-        ConfigError: unknown policy, or settings that contradict.
+        ConfigError: unknown policy, settings that contradict, or a `kv_memory` that is not allowed.
     """
     config = config or LetheConfig()
     if policy is not None:
         config = replace(config, policy=policy)
+    check_kv_memory(kv_memory)
     rule = make_policy(config)
 
     captured = capture(model, example_inputs)
-    result = run_pipeline(captured.program, pipeline(rule.decay, rule.peak))
+    device = captured.program.device
+    chosen = choose_backend(backend, device)
+    result = run_pipeline(captured.program, pipeline(rule.decay, rule.peak, fuse=device.type == "cuda"))
     fast = OptimizedModel(
         result.program,
         config,
@@ -57,7 +71,9 @@ def optimize(
         vocab_size=vocab_size(result.program),
         max_positions=max_positions(result.program, getattr(model, "config", None)),
         generation_config=getattr(model, "generation_config", None),
+        backend=chosen,
     )
     if verified:
         verify(captured.original, fast)
+    fast.kv_memory = kv_memory  # from here on: what is verified holds next to nothing
     return fast.eval()

@@ -1,6 +1,9 @@
 """The paged KV cache: reserves pages ahead of the steps, compacts after a round, and gives emptied pages back.
 
-Everything here runs on the host between steps; a step sees only the tensors of `KVCache.inputs`.
+Everything here runs on the host between steps; a step sees only the tensors of `KVCache.inputs`, and no step waits for
+the host. In between, the host knows upper bounds: `lengths` counts every token that `assume` was told of, `length` on
+the device is the truth, and `compact` or `sync` reads it back. Pages are reserved for the bounds, so that none of it
+can be outrun.
 """
 
 from __future__ import annotations
@@ -14,8 +17,7 @@ from torch import Tensor
 
 from lethe_compile.allocator import Counts
 from lethe_compile.errors import ConfigError, InputError, OutOfPagesError
-from lethe_compile.kernels.compact.reference import compact
-from lethe_compile.pool import Geometry, Plan, Pool
+from lethe_compile.pool import Geometry, Plan, Pool, Staging
 
 __all__ = ["Geometry", "KVCache"]
 
@@ -37,6 +39,10 @@ class KVCache:
         contiguous: the pages of each (layer, row) are consecutive; default on a CPU. Pages then move as sequences grow,
             and a pool used to less than half shrinks. Otherwise pages come from anywhere and pools only grow.
         max_bytes: limit of `pool_bytes`; while a pool is rebuilt, one of its tensors exists twice beyond that.
+
+    Attributes:
+        lengths: [layers, rows] retained tokens as the host knows them: never less than `length` on the device.
+        generation: changes whenever a tensor of `inputs` was replaced, so that a captured CUDA graph knows it is stale.
 
     Raises:
         ConfigError: no layer, or `max_bytes` is less than one page of each pool.
@@ -75,40 +81,49 @@ class KVCache:
             raise ConfigError(f"max_bytes={max_bytes} is not allowed: one page of each pool takes {least} bytes")
         self.length = torch.zeros(len(geometries), 0, dtype=torch.int32, device=self.device)
         self.page_table = torch.zeros(len(geometries), 0, 0, dtype=torch.int32, device=self.device)
+        self.generation = 0
+        self._staging = Staging(self.device)
         self.begin(0)
 
     # ------------------------------------------------------------------------------------------------ generation
 
-    def begin(self, rows: int, max_tokens_hint: int = 0) -> None:
+    def begin(self, rows: int, max_tokens_hint: int | Counts = 0) -> None:
         """Start a generation of `rows` sequences with an empty cache; figures start anew.
 
-        `max_tokens_hint` tokens per layer and row are made room for at once, as far as `max_bytes` allows, and pools do
-        not shrink below that. Tensors of the generation before are used again where they fit.
+        `max_tokens_hint` tokens, one number or [layers, rows], are made room for at once, as far as `max_bytes` allows,
+        and pools do not shrink below that; where pages are scattered, all that an explicit `max_bytes` allows. Tensors
+        of the generation before are used again where they fit.
         """
         shape = (len(self.pool_of_layer), rows)
         self.rows = rows
-        self.lengths = np.zeros(shape, np.int64)  # `length` as the host knows it
+        self.lengths = np.zeros(shape, np.int64)
         if self.length.shape == shape:
             self.length.zero_()
         else:
             self.length = torch.zeros(shape, dtype=torch.int32, device=self.device)
+            self.generation += 1
         self.bytes_peak = self.bytes_freed = self.pool_bytes_peak = 0
         self._sampled = self._samples = 0
-        hint = self._pages(max_tokens_hint)
-        for pool in self._pools:
-            pool.begin(rows, len(pool.layers) * rows * hint)
+        self._exhausted = False
+        hint = np.broadcast_to(self._pages(np.asarray(max_tokens_hint, np.int64)), shape)
+        floors = [int(hint[pool.layers].sum()) for pool in self._pools]
+        if self.max_bytes is not None and not self.contiguous and any(floors):
+            floors = [floor * -(-self.max_bytes // self._bytes(floors)) for floor in floors]
+        for pool, floor in zip(self._pools, floors, strict=True):
+            pool.begin(rows, floor)
         self._adopt([pool.layout.count for pool in self._pools])
-        self._upload(hint)
+        self._upload(int(hint.max(initial=0)))
 
     def reserve(self, tokens: int, active: Sequence[bool] | None = None) -> None:
         """Make sure that `tokens` more fit into every layer of every active row; uploads the table if it changed.
 
         Raises:
-            OutOfPagesError: `max_bytes` forbids it; nothing has changed and the cache stays usable.
+            OutOfPagesError: `max_bytes` forbids it, or the device has no memory left; every sequence holds what it
+                held, and the cache stays usable.
         """
         self.reserve_rows([tokens] * self.rows if active is None else [tokens if on else 0 for on in active])
 
-    def reserve_rows(self, tokens_per_row: Sequence[int]) -> None:
+    def reserve_rows(self, tokens_per_row: Sequence[int] | Counts) -> None:
         """`reserve` with a number of tokens for each row, as a ragged prefill needs; 0 leaves a row as it is."""
         tokens = self._per_row(tokens_per_row)
         held = self.pages_held()
@@ -123,27 +138,41 @@ class KVCache:
             self.bytes_peak = max(self.bytes_peak, self.bytes_in_use)
         self._upload()
 
-    def advance(self, new_lengths: Sequence[int]) -> None:
-        """A step has appended `new_lengths[row]` tokens to every layer, `length` on the device included: follow it.
+    def assume(self, new_lengths: Sequence[int] | Counts) -> None:
+        """A step appends at most `new_lengths[row]` tokens to every layer: the bounds follow, the device is not asked.
 
         Raises:
             InputError: more tokens than were reserved.
         """
         lengths = self.lengths + self._per_row(new_lengths)
         if (self._pages(lengths) > self.pages_held()).any():
-            raise InputError(f"a step appended {list(new_lengths)} tokens to pages that were not reserved for them")
+            raise InputError(f"a step appends {list(new_lengths)} tokens to pages that were not reserved for them")
         self.lengths = lengths
         self._sampled += self.bytes_in_use
         self._samples += 1
 
+    def sync(self, *others: Tensor) -> list[Counts]:
+        """Read back `length`, and `others`, integer or bool tensors, with it: one wait for the device. Pages stay."""
+        self.lengths, *rest = self._read(self.length, *others)
+        return rest
+
     def free_rows(self, rows: Iterable[int]) -> None:
         """Empty the given rows in every layer; their pages go back to the pools and the rows can be filled again."""
         index = sorted(set(rows))
+        if not index:
+            return
         self.lengths[:, index] = 0
-        self.length[:, index] = 0
+        if len(index) == self.rows:
+            self.length.zero_()
+        else:
+            self.length[:, index] = 0
         held = self.pages_held()
         held[:, index] = 0
         self._truncate(held)
+
+    def trim(self) -> None:
+        """Give back every page that is only reserved."""
+        self._truncate(self.pages_filled())
 
     def end(self) -> None:
         """Give back all pages. Figures stay to be read, and the pools' tensors for the next generation."""
@@ -151,51 +180,66 @@ class KVCache:
 
     # -------------------------------------------------------------------------------------------------- a round
 
-    def layer_state(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(mass [rows, N] float32, position [rows, N] int32, length [rows] int64), N the longest row of the layer.
+    def scores(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(mass [layers, rows, N] float32, position [layers, rows, N] int32, length [layers, rows] int64).
 
-        Beyond a row's length mass is 0 and position -1.
+        N is that of the longest row, as the host bounds it, and at least 1. Beyond a row's length mass is 0 and
+        position -1. The device is not waited for.
         """
-        tensors = self._pool(layer).tensors
-        tokens = int(self.lengths[layer].max(initial=0))
-        pages = self.page_table[layer, :, : self._pages(tokens)]  # [rows, pages]
-        beyond = torch.arange(tokens, device=self.device) >= self.length[layer][:, None]
-        mass = tensors["slot_mass"][pages].flatten(1)[:, :tokens].masked_fill(beyond, 0)
-        position = tensors["slot_position"][pages].flatten(1)[:, :tokens].masked_fill(beyond, -1)
-        return mass, position, self.length[layer].long()
+        self._upload()
+        tokens = max(1, int(self.lengths.max(initial=0)))
+        table = self.page_table[:, :, : self._pages(tokens)]  # [layers, rows, pages]
+        gathered = [pool.slots(table, tokens) for pool in self._pools]
+        mass, position = gathered[0]
+        if len(gathered) > 1:
+            shape = (*self.lengths.shape, tokens)
+            mass, position = mass.new_empty(shape), position.new_empty(shape)
+            for pool, (pool_mass, pool_position) in zip(self._pools, gathered, strict=True):
+                mass.index_copy_(0, pool.index, pool_mass)
+                position.index_copy_(0, pool.index, pool_position)
+        beyond = torch.arange(tokens, device=self.device) >= self.length.unsqueeze(2)
+        return mass.masked_fill_(beyond, 0), position.masked_fill_(beyond, -1), self.length.long()
 
-    def compact(self, layer: int, keep: Tensor) -> None:
-        """Drop the slots of `layer` outside `keep` [rows, N] bool, N at least its longest row, and free emptied pages.
+    def compact(self, keep: Tensor | None, *others: Tensor) -> list[Counts]:
+        """Drop the slots outside `keep` [layers, rows, N] bool, N at least the longest row; free emptied pages.
 
-        A row that loses a token also gives back what it had reserved. The page table is uploaded by the next `reserve`
-        or `inputs`, once for all layers; until then its surplus entries are stale but within the pool.
+        None drops nothing. The device is waited for once, to read the lengths back, and `others` with them. A sequence
+        that loses a token also gives back what it had reserved. The page table is uploaded by the next `reserve` or
+        `inputs`; until then its surplus entries are stale but within the pool.
+
+        Returns:
+            [layers, rows] tokens before (those after are `lengths`), then `others` as the host's int64.
 
         Raises:
-            InputError: `keep` has another number of rows, or is too short.
+            InputError: `keep` has another number of layers or rows, or is too short.
         """
-        old = self.lengths[layer]
-        if keep.shape[0] != self.rows or keep.shape[1] < old.max(initial=0):
-            raise InputError(
-                f"keep of layer {layer} is {list(keep.shape)}: must be [{self.rows}, >= {old.max(initial=0)}]"
-            )
-        tensors = self._pool(layer).tensors
-        length = compact(
-            tensors["k_pages"],
-            tensors["v_pages"],
-            tensors["slot_position"],
-            tensors["slot_mass"],
-            self.page_table[layer],
-            self.length[layer],
-            keep,
-        )
-        self.length[layer] = length
-        new = length.cpu().numpy().astype(np.int64)
-        emptied = self._pages(old) - self._pages(new)
-        self.bytes_freed += int(emptied.sum()) * self._pool(layer).kv_bytes
-        held = self.pages_held()
-        held[layer] = np.where(new < old, self._pages(new), held[layer])
-        self.lengths[layer] = new
-        self._truncate(held)
+        before = self.length.clone()
+        if keep is not None:
+            self._check_keep(keep)
+            self._upload()
+            for pool in self._pools:
+                self.length.index_copy_(0, pool.index, pool.compact(self.page_table, before, keep))
+        old, new, *rest = self._read(before, self.length, *others)
+        emptied = (self._pages(old) - self._pages(new)).sum(1)  # [layers]
+        self.bytes_freed += sum(int(emptied[pool.layers].sum()) * pool.kv_bytes for pool in self._pools)
+        self._truncate(np.where(new < old, self._pages(new), self.pages_held()))
+        self.lengths = new
+        return [old, *rest]
+
+    def limit(self, tokens_per_row: Sequence[int] | Counts) -> int:
+        """The most tokens that every layer and row may keep so that a reserve of so many more is granted, after `trim`.
+
+        Raises:
+            OutOfPagesError: not even one token each.
+        """
+        tokens, low, high = self._per_row(tokens_per_row), 0, int(self.lengths.max(initial=0))
+        while low < high:  # a limit of `high` may fit, and `low` does, or is 0
+            middle = (low + high + 1) // 2
+            need = self._split(self._pages(np.minimum(self.lengths, middle) + tokens))
+            low, high = (middle, high) if self._fits(need) else (low, middle - 1)
+        if not low:
+            raise OutOfPagesError(f"no room for {int(tokens.max(initial=0))} new tokens a row, whatever is evicted")
+        return low
 
     def inputs(self) -> dict[str, Tensor]:
         """The graph's state inputs: ``k_pages_g, v_pages_g, slot_position_g, slot_mass_g`` of each pool g, then
@@ -241,6 +285,14 @@ class KVCache:
         """[layers, rows] pages that hold at least one token."""
         return self._pages(self.lengths)
 
+    def pages_for(self, tokens: Counts) -> Counts:
+        """Pages that hold so many tokens each."""
+        return self._pages(tokens)
+
+    def bytes_for(self, tokens: Counts) -> int:
+        """Of pools that hold so many tokens [layers, rows] and no more, positions and masses included."""
+        return self._bytes(int(count.sum()) for count in self._split(self._pages(tokens)))
+
     def stats(self) -> dict[str, Any]:
         """Plain numbers for a report. Bytes are of keys and values, but for `overhead_bytes` and the pools'.
 
@@ -262,18 +314,26 @@ class KVCache:
 
     # ------------------------------------------------------------------------------------------------ internals
 
-    def _pool(self, layer: int) -> Pool:
-        return self._pools[self.pool_of_layer[layer]]
-
     def _pages(self, tokens: _Tokens) -> _Tokens:
         """Pages that hold so many tokens."""
         return -(-tokens // self.page_size)
 
-    def _per_row(self, values: Sequence[int]) -> Counts:
+    def _per_row(self, values: Sequence[int] | Counts) -> Counts:
         array = np.asarray(values, np.int64)
         if array.shape != (self.rows,) or (array < 0).any():
             raise InputError(f"{list(values)} is not a number of tokens >= 0 for each of {self.rows} rows")
         return array
+
+    def _check_keep(self, keep: Tensor) -> None:
+        layers, longest = len(self.pool_of_layer), int(self.lengths.max(initial=0))
+        if keep.shape[:2] != (layers, self.rows) or keep.shape[2] < longest:
+            raise InputError(f"keep is {list(keep.shape)}: must be [{layers}, {self.rows}, >= {longest}]")
+
+    def _read(self, *tensors: Tensor) -> list[Counts]:
+        """The tensors as int64 on the host, in one transfer."""
+        host = torch.cat([tensor.reshape(-1).long() for tensor in tensors]).cpu().numpy()
+        ends = np.cumsum([tensor.numel() for tensor in tensors])[:-1]
+        return [part.reshape(like.shape).copy() for part, like in zip(np.split(host, ends), tensors, strict=True)]
 
     def _split(self, pages: Counts) -> list[Counts]:
         """[layers, rows] as one flat [sequences] array per pool."""
@@ -289,30 +349,46 @@ class KVCache:
         return sum(n * pool.page_bytes for n, pool in zip(pages, self._pools, strict=True))
 
     def _fits(self, counts: Sequence[Counts]) -> bool:
-        return self.max_bytes is None or self._bytes(int(count.sum()) for count in counts) <= self.max_bytes
+        """Whether `max_bytes` allows so many pages, and the pools have them where the device can give no more."""
+        needs = [int(count.sum()) for count in counts]
+        if self._exhausted and any(n > pool.layout.capacity for n, pool in zip(needs, self._pools, strict=True)):
+            return False
+        return self.max_bytes is None or self._bytes(needs) <= self.max_bytes
 
     def _adopt(self, counts: Sequence[Counts]) -> None:
-        """Make every pool hold `counts` [sequences] pages, or raise before the first is touched."""
-        plans = self._plan(counts)
+        """Make every pool hold `counts` [sequences] pages, or raise and leave every sequence what it holds."""
+        before = [pool.layout.count for pool in self._pools]
+        for roomy in (True, False):
+            plans = self._plan(counts, roomy)
+            try:
+                self._switch(plans)
+            except torch.OutOfMemoryError:
+                for pool, count in zip(self._pools, before, strict=True):
+                    pool.truncate(count)
+            else:
+                return
+        self._exhausted = True
+        raise OutOfPagesError(self._refusal(counts, "the device has no memory for more than its pools have"))
+
+    def _switch(self, plans: Sequence[Plan]) -> None:
         self._stale = True  # the page table on the device is no longer what the layouts say
         growth = [plan.layout.capacity - pool.layout.capacity for plan, pool in zip(plans, self._pools, strict=True)]
         for index in np.argsort(growth, kind="stable"):  # what shrinks makes room for what grows
             pool = self._pools[index]
             others = self.pool_bytes - pool.bytes
+            self.generation += plans[index].fresh
             self.pool_bytes_peak = max(self.pool_bytes_peak, others + pool.adopt(plans[index]))
 
-    def _plan(self, counts: Sequence[Counts]) -> list[Plan]:
+    def _plan(self, counts: Sequence[Counts], roomy: bool) -> list[Plan]:
+        """How each pool comes to hold `counts` [sequences] pages; rebuilt ones get room to grow if `roomy`."""
         needs = [max(1, int(count.sum())) for count in counts]
         if not self._fits(counts):
-            raise OutOfPagesError(
-                f"the KV cache needs {self._bytes(needs)} bytes for {sum(needs)} pages of {self.page_size} tokens, but"
-                f" max_bytes is {self.max_bytes}. Run fewer or shorter sequences, prune harder (a smaller max_tokens,"
-                " budget or sparse_ratio), or raise max_bytes"
-            )
+            limit = f"max_bytes is {self.max_bytes}" if self.max_bytes is not None else "the device has no more"
+            raise OutOfPagesError(self._refusal(counts, limit))
         layouts = [pool.extend(count) for pool, count in zip(self._pools, counts, strict=True)]
         sizes = [
-            layout.capacity if layout else pool.roomy(count)
-            for pool, layout, count in zip(self._pools, layouts, counts, strict=True)
+            layout.capacity if layout else pool.roomy(count) if roomy else max(need, pool.layout.capacity)
+            for pool, layout, count, need in zip(self._pools, layouts, counts, needs, strict=True)
         ]
         if self.max_bytes is not None and self._bytes(sizes) > self.max_bytes:
             # Every pool gets what it needs; what is left is shared in proportion to the room each asked for.
@@ -323,6 +399,14 @@ class KVCache:
             for pool, layout, count, size in zip(self._pools, layouts, counts, sizes, strict=True)
         ]
 
+    def _refusal(self, counts: Sequence[Counts], limit: str) -> str:
+        needs = [max(1, int(count.sum())) for count in counts]
+        return (
+            f"the KV cache needs {self._bytes(needs)} bytes for {sum(needs)} pages of {self.page_size} tokens, but"
+            f" {limit}. Run fewer or shorter sequences, prune harder (a smaller max_tokens, budget or sparse_ratio),"
+            " or raise max_bytes"
+        )
+
     def _upload(self, width: int = 0) -> None:
         """Write the page table to the device if it changed; it widens by more than asked, so that it seldom does."""
         if not self._stale:
@@ -332,9 +416,9 @@ class KVCache:
         if self.page_table.shape[:2] != shape or self.page_table.shape[2] < width:
             width = -(-width * 5 // 32) * 8  # a quarter more, in eights
             self.page_table = torch.empty(*shape, width, dtype=torch.int32, device=self.device)
-        table = np.zeros(self.page_table.shape, np.int32)
-        for pool in self._pools:
-            ids = np.where(pool.layout.held(), pool.layout.table, 0)
-            table[pool.layers, :, : ids.shape[1]] = ids.reshape(len(pool.layers), self.rows, ids.shape[1])
-        self.page_table.copy_(torch.from_numpy(table))
+            self.generation += 1
+        with self._staging.fill(self.page_table) as table:
+            for pool in self._pools:
+                ids = pool.layout.table * pool.layout.held()
+                table[pool.layers, :, : ids.shape[1]] = ids.reshape(len(pool.layers), self.rows, ids.shape[1])
         self._stale = False

@@ -26,6 +26,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("demo", "watch the bundled reasoner generate with a full and with a pruned cache"),
     "inspect": Command("inspect_graph", "show what the compiler finds in a model, rewrites, and refuses"),
+    "bench": Command("bench", "measure kernels, decode steps, generations and memory, side by side with others"),
     "train-reasoner": Command("train_reasoner", "train the bundled reasoner from scratch"),
 }
 

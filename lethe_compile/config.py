@@ -78,9 +78,10 @@ class LetheConfig:
     protect_prompt: bool = True
     """Never evict prompt tokens, except where a hard cap leaves no room for them. Not in the paper."""
 
-    page_size: int = 8
-    """Tokens per page of the KV cache. A power of two, 1..256. Small, since pruned caches are: a sequence wastes half a
-    page in each layer, 3% of 280 retained tokens at 16."""
+    page_size: int | None = None
+    """Tokens per page of the KV cache. A power of two, 1..256, or None: 8 on a CPU, since pruned caches are small and a
+    sequence wastes half a page in each layer; 64 elsewhere, where a kernel's block of keys is then one stretch of
+    memory."""
 
     def __post_init__(self) -> None:
         for name, rule in _RULES.items():
@@ -97,6 +98,10 @@ class LetheConfig:
     def cap_floor(self) -> int:
         """Smallest hard cap of one layer: one interval of new tokens, the sinks, and `MIN_RETAINED` more."""
         return self.prune_interval + self.sink_tokens + MIN_RETAINED
+
+    def page_size_on(self, device_type: str) -> int:
+        """`page_size`, or its default on a device of that type."""
+        return self.page_size or (8 if device_type == "cpu" else 64)
 
     @classmethod
     def paper(cls) -> LetheConfig:
@@ -163,5 +168,7 @@ _RULES: Mapping[str, _Rule] = {
     "budget": _optional(_integer(1)),
     "paper_literal": _BOOL,
     "protect_prompt": _BOOL,
-    "page_size": _Rule("a power of two in 1..256", lambda v: _is_int(v) and 1 <= v <= 256 and v & (v - 1) == 0),
+    "page_size": _optional(
+        _Rule("a power of two in 1..256", lambda v: _is_int(v) and 1 <= v <= 256 and v & (v - 1) == 0)
+    ),
 }

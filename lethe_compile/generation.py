@@ -1,7 +1,8 @@
 """The decode loop: transformers' `generate`, arguments, shapes and tokens alike, over any `Decoder`.
 
-A step chooses the next token of every row, asks the stopping criteria, and decodes it. The host waits for the device
-once a step: one transfer tells how many rows go on, whether their scores were sound, and the tokens for a streamer.
+A step chooses the next token of every row, asks the stopping criteria, and decodes it, all on the device. One copy a
+step tells the host how many rows go on, whether their scores were sound, and the tokens for a streamer. A GPU does not
+wait for the host to look: the next step is launched before, without an active row if it turns out that all have ended.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lethe_compile.errors import InputError, LetheError
 from lethe_compile.prompt import Prompt, read_prompt
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, StoppingCriteriaList
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -38,17 +39,22 @@ class Decoder(Protocol):
     def device(self) -> torch.device:
         """Where the model lies, and its inputs must be."""
 
-    def begin(self, rows: int, prompt_lengths: Tensor) -> None:
+    def begin(self, rows: int, prompt_lengths: Tensor, new_tokens: int) -> None:
         """Makes a fresh cache for a batch whose prompts have `prompt_lengths` `[R]` tokens.
 
-        An `InputError` says that nothing was begun, as when another generation holds the cache.
+        No row gets more than `new_tokens` new ones. An `InputError` says that nothing was begun, as when another
+        generation holds the cache, or the batch does not fit.
         """
 
     def prefill(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Logits of each row's last prompt token, from right-padded ids `[R, T]` and `lengths` `[R]`."""
 
     def decode(self, tokens: Tensor, active: Tensor) -> Tensor:
-        """Logits after one more token `[R]` a row; those of rows that are not `active` `[R]` may be anything."""
+        """Logits after one more token `[R]` a row; those of rows that are not `active` `[R]` may be anything.
+
+        A row that is not active keeps its cache and position as they are. `active` is never true again once it was
+        false. The next call may overwrite the logits.
+        """
 
     def end(self) -> None:
         """Frees the cache. Called once for each `begin`, also for one that broke off, unless by `InputError`."""
@@ -103,15 +109,16 @@ def generate(
     )
     pad = _pad_token(config, criteria, eos, prompt)
     rule = _Rule(processors, criteria, pad, bool(config.do_sample), _generator(decoder, seed))
+    record = _Record(config)
     if streamer is not None:
         streamer.put(prompt.ids.cpu())
     with ExitStack() as stack, torch.no_grad():
         if streamer is not None:
             stack.callback(streamer.end)
         bar = stack.enter_context(tqdm(total=prompt.rows * new_tokens, unit=" tokens", disable=not progress))
-        stack.enter_context(_cache(decoder, prompt))
-        record = _Record(config)
-        sequences = _run(decoder, prompt, rule, record, streamer, bar.update)
+        stack.enter_context(_cache(decoder, prompt, new_tokens))
+        report = _Report(prompt.rows, decoder.device, streamer, bar.update)
+        sequences = _run(decoder, prompt, new_tokens, rule, record, report)
     if not config.return_dict_in_generate:
         return sequences
     from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -121,12 +128,12 @@ def generate(
 
 
 @contextmanager
-def _cache(decoder: Decoder, prompt: Prompt) -> Iterator[None]:
+def _cache(decoder: Decoder, prompt: Prompt, new_tokens: int) -> Iterator[None]:
     """The decoder's cache, freed on every exit; a refused `begin` must not free that of the generation under way."""
     refused = False
     try:
         try:
-            decoder.begin(prompt.rows, prompt.lengths)
+            decoder.begin(prompt.rows, prompt.lengths, new_tokens)
         except InputError:
             refused = True
             raise
@@ -140,20 +147,30 @@ def _cache(decoder: Decoder, prompt: Prompt) -> Iterator[None]:
 class _Rule:
     """How logits become tokens, and when a row ends."""
 
-    processors: Callable[..., Tensor]
-    criteria: Callable[..., Tensor]
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
     pad: Tensor | None  # what follows a row's end; None: no id ends a row, so all go on until the last one has ended
     sample: bool
     generator: torch.Generator | None
 
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The next token `[R]` of each row, and whether its scores `[R, V]` were sound `[R]`."""
-        best = scores.amax(dim=-1)  # NaN where any score is
+        """The next token `[R]` of each row, and whether its scores `[R, V]` were sound `[R]`.
+
+        They are not where one is NaN or all are -inf, nor, for sampling, where one is inf. The chosen value tells:
+        `argmax` returns a NaN's index if there is one, and `softmax` makes the whole row NaN.
+        """
         if not self.sample:
-            return scores.argmax(dim=-1), best > -torch.inf
+            tokens = scores.argmax(dim=-1)
+            return tokens, scores.gather(1, tokens[:, None])[:, 0] > -torch.inf
         # torch.multinomial, token for token, without the check of its input that makes the host wait for a GPU.
         race = torch.empty_like(scores).exponential_(1.0, generator=self.generator)
-        return (scores.softmax(dim=-1) / race).argmax(dim=-1), best.isfinite()
+        probabilities = scores.softmax(dim=-1)
+        tokens = (probabilities / race).argmax(dim=-1)
+        return tokens, probabilities.gather(1, tokens[:, None])[:, 0].isfinite()
+
+    def contiguous(self) -> bool:
+        """Whether the ids must be: code that is not transformers' own may call `view` on them, as it can there."""
+        return not all(type(one).__module__.startswith("transformers.") for one in [*self.processors, *self.criteria])
 
 
 class _Record:
@@ -164,50 +181,119 @@ class _Record:
         self.scores: tuple[Tensor, ...] | None = () if keep and config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if keep and config.output_logits else None
 
+    @property
+    def empty(self) -> bool:
+        return self.scores is None and self.logits is None
+
     def add(self, scores: Tensor, logits: Tensor) -> None:
         self.scores = None if self.scores is None else (*self.scores, scores)
         self.logits = None if self.logits is None else (*self.logits, logits)
 
 
-def _run(
-    decoder: Decoder,
-    prompt: Prompt,
-    rule: _Rule,
-    record: _Record,
-    streamer: BaseStreamer | None,
-    advance: Callable[[int], Any],
-) -> Tensor:
-    """The sequences `[R, T + new]`; `advance` hears how many tokens each step added."""
-    ids, left = prompt.ids, prompt.rows
-    unfinished = active = torch.ones(prompt.rows, dtype=torch.bool, device=ids.device)
+class _HostCopy:
+    """A tensor int64 `[n]` on its way to the host, one at a time; a GPU goes on working meanwhile."""
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        gpu = device.type == "cuda"
+        self._values = torch.empty(n, dtype=torch.int64, pin_memory=gpu)  # a copy into other memory would wait
+        self._arrived = torch.cuda.Event() if gpu else None
+
+    def start(self, values: Tensor) -> None:
+        self._values.copy_(values, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(values.device))
+
+    def wait(self) -> Tensor:
+        """What `start` was given; overwritten by the next."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values
+
+
+def _overlaps(device: torch.device) -> bool:
+    """Whether launching a step before the last one's report is read gains anything."""
+    return device.type == "cuda"
+
+
+class _Report:
+    """What the host learns of each step, once its copy has arrived, and tells the streamer and the progress bar."""
+
+    def __init__(
+        self, rows: int, device: torch.device, streamer: BaseStreamer | None, advance: Callable[[int], Any]
+    ) -> None:
+        self.overlap = _overlaps(device)
+        self._copy = _HostCopy(rows + 2, device)
+        self._streamer = streamer
+        self._advance = advance  # hears how many tokens a step added
+        self._step, self._left = 0, rows
+
+    def send(self, shown: Tensor, unfinished: Tensor, broken: Tensor, logits: Tensor | None) -> None:
+        """Starts the copy of a step: the tokens `shown`, whether rows are `unfinished` or `broken`, all `[R]`.
+
+        `logits` `[R, V]` are what the processors got, and tell who broke the scores; None: there are no processors.
+        """
+        self._step += 1
+        self._broken, self._logits = broken, logits
+        self._copy.start(torch.cat([shown, unfinished.sum()[None], broken.any()[None]]))
+
+    def read(self) -> bool:
+        """Waits for the step that was sent: whether any row goes on. Raises for broken scores."""
+        host = self._copy.wait()
+        if host[-1]:
+            raise _broken_scores(self._broken, self._logits, self._step)
+        self._advance(self._left)
+        if self._streamer is not None:
+            self._streamer.put(host[:-2].clone())
+        self._left = int(host[-2])
+        return self._left > 0
+
+
+def _run(decoder: Decoder, prompt: Prompt, new_tokens: int, rule: _Rule, record: _Record, report: _Report) -> Tensor:
+    """The sequences `[R, T + new]`, new <= `new_tokens`."""
+    rows, columns = prompt.ids.shape
+    buffer = torch.cat([prompt.ids, prompt.ids.new_empty(rows, new_tokens)], dim=1)
+    ids, contiguous = prompt.ids, rule.contiguous()
+    unfinished = active = torch.ones(rows, dtype=torch.bool, device=ids.device)
     logits = decoder.prefill(prompt.right_padded(), prompt.lengths)
-    while True:
-        logits = logits.float().masked_fill(~active[:, None], 0.0)  # a copy: processors may write into it
-        scores = rule.processors(ids, logits)  # [R, V]
-        record.add(scores, logits)
+    for end in range(columns + 1, columns + new_tokens + 1):
+        scores, given = _scores(rule, record, ids, logits, active)
         tokens, sound = rule.choose(scores)
         shown = tokens if rule.pad is None else torch.where(unfinished, tokens, rule.pad)
-        ids = torch.cat([ids, shown[:, None]], dim=1)
+        buffer[:, end - 1] = shown
+        ids = buffer[:, :end].contiguous() if contiguous else buffer[:, :end]
         unfinished = unfinished & ~rule.criteria(ids, record.scores)
-        broken = active & ~sound
-        host = torch.cat([shown, unfinished.sum()[None], broken.any()[None]]).cpu()  # the one wait of a step
-        if host[-1]:
-            raise _broken_scores(broken, logits, step=ids.shape[1] - prompt.ids.shape[1])
-        advance(left)
-        if streamer is not None:
-            streamer.put(host[:-2])
-        left = int(host[-2])
-        if not left:
-            return ids
-        active = active if rule.pad is None else unfinished
+        report.send(shown, unfinished, active & ~sound, given)
         # A finished row is fed its own choice: its padding need not be an id of the vocabulary.
-        logits = decoder.decode(tokens, active)
+        active = unfinished.any().repeat(rows) if rule.pad is None else unfinished
+        last = end == columns + new_tokens
+        ahead = report.overlap and not last
+        try:
+            if ahead:
+                logits = decoder.decode(tokens, active)
+        finally:  # whatever became of the next step, this one's tokens are made
+            more = report.read()
+        if last or not more:
+            break
+        if not ahead:
+            logits = decoder.decode(tokens, active)
+    return buffer[:, :end].contiguous()
 
 
-def _broken_scores(broken: Tensor, logits: Tensor, step: int) -> LetheError:
+def _scores(rule: _Rule, record: _Record, ids: Tensor, logits: Tensor, active: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The scores `[R, V]` to choose by, and the logits that the processors got, None where there are none."""
+    logits = logits.float()
+    if not rule.processors and record.empty:
+        return logits, None
+    logits = logits.masked_fill(~active[:, None], 0.0)  # a copy: processors may write into it, and records stay
+    scores: Tensor = rule.processors(ids, logits)  # type: ignore[arg-type]  # transformers says LongTensor
+    record.add(scores, logits)
+    return scores, logits
+
+
+def _broken_scores(broken: Tensor, logits: Tensor | None, step: int) -> LetheError:
     """The error of the first `broken` row `[R]`, from whose scores no token can be chosen; steps count from 1."""
     row = int(broken.nonzero()[0])
-    if logits[row].isfinite().all():
+    if logits is not None and logits[row].isfinite().all():
         return InputError(f"row {row}, step {step}: the logits processors leave no token to choose; loosen them")
     return LetheError(
         f"row {row}, step {step}: the model's logits are not finite. Look for NaN in its weights, and for overflow if "

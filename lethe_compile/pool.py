@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,8 +12,10 @@ import torch
 from torch import Tensor
 
 from lethe_compile.allocator import Counts, Layout, Pages, extend_runs, extend_scattered, moves, pack
+from lethe_compile.kernels.ops import compact
 
 _GROWTH = 1.25  # capacity of a rebuilt pool over what it has to hold
+_SEGMENT = 2  # capacity of a grown pool of scattered pages over what it had: CUDA graphs seldom need a new capture
 _CHUNK_BYTES = 1 << 24  # of pages copied at once: bounds the scratch memory, and a host's allocator reuses the block
 
 
@@ -66,6 +70,7 @@ class Pool:
         self.kv_bytes = page_size * geometry.bytes_per_token(dtype)  # of one page
         self.page_bytes = sum(math.prod(shape) * kind.itemsize for shape, kind in self._specs.values())
         self._device = device
+        self.index = torch.tensor(layers, device=device)  # `layers` for the device
         self.layout = Layout.empty(0, 0)
         self.tensors = {name: self._allocate(name, 0) for name in self._specs}
 
@@ -92,7 +97,8 @@ class Pool:
 
     def roomy(self, count: Counts) -> int:
         """Capacity in pages of a pool rebuilt to hold `count` pages and grow."""
-        return max(self.floor, math.ceil(_GROWTH * int(count.sum())))
+        room = max(self.floor, math.ceil(_GROWTH * int(count.sum())))
+        return room if self.runs else max(room, _SEGMENT * self.layout.capacity)
 
     def rebuild(self, count: Counts, capacity: int) -> Plan:
         """A layout with `count` pages in new tensors of `capacity` pages."""
@@ -108,8 +114,11 @@ class Pool:
 
         Tensors are replaced one by one: only one of them exists twice at a time.
         """
-        source, target = moves(self.layout, plan.layout)
         peak = self.bytes
+        if not self.runs and not plan.fresh:  # ids stay
+            self.layout = plan.layout
+            return peak
+        source, target = moves(self.layout, plan.layout)
         if plan.fresh:
             for name, old in self.tensors.items():
                 new = self._allocate(name, plan.layout.capacity)
@@ -123,6 +132,30 @@ class Pool:
         self.layout = plan.layout
         self.floor = min(self.floor, plan.layout.capacity)  # a limit on all pools may have denied it
         return peak
+
+    def slots(self, table: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Mass and position [pool's layers, rows, tokens] by a page table [layers, rows, pages] of all layers."""
+        pages = table[self.index]  # [pool's layers, rows, pages]
+        names = ("slot_mass", "slot_position")
+        mass, position = (self.tensors[name][pages].flatten(2)[:, :, :tokens].contiguous() for name in names)
+        return mass, position
+
+    def compact(self, table: Tensor, length: Tensor, keep: Tensor) -> Tensor:
+        """Drop slots outside `keep` [layers, rows, N]; returns the new lengths [pool's layers, rows] int32.
+
+        `table` [layers, rows, pages] and `length` [layers, rows] are those of all layers; nothing is waited for.
+        """
+        table, length, keep = (each[self.index] for each in (table, length, keep))
+        kept = compact(
+            self.tensors["k_pages"],
+            self.tensors["v_pages"],
+            self.tensors["slot_position"],
+            self.tensors["slot_mass"],
+            table.flatten(0, 1),
+            length.flatten(),
+            keep.flatten(0, 1),
+        )
+        return kept.view_as(length)
 
     def truncate(self, count: Counts) -> None:
         """Give back all but the first `count` [sequences] pages of each sequence."""
@@ -143,3 +176,26 @@ class Pool:
         for at in range(0, source.size, step):
             index = torch.from_numpy(np.stack([source[at : at + step], target[at : at + step]])).to(old.device)
             new.index_copy_(dim, index[1].long(), old.index_select(dim, index[0]))
+
+
+class Staging:
+    """A host buffer through which a tensor is sent to the device without waiting for it; pinned for a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pinned = device.type == "cuda"
+        self._buffer = torch.empty(0, dtype=torch.int32)
+        self._sent: torch.cuda.Event | None = None
+
+    @contextmanager
+    def fill(self, target: Tensor) -> Iterator[Pages]:
+        """A zeroed array of the shape of `target`, int32, to be filled; it is sent when the context ends."""
+        if self._sent is not None:
+            self._sent.synchronize()  # the buffer is read until then; it seldom still is
+        if self._buffer.shape != target.shape:
+            self._buffer = torch.empty(target.shape, dtype=torch.int32, pin_memory=self._pinned)
+        array = self._buffer.zero_().numpy()
+        yield array
+        target.copy_(self._buffer, non_blocking=True)
+        if self._pinned:
+            self._sent = torch.cuda.Event()
+            self._sent.record(torch.cuda.current_stream(target.device))

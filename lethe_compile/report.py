@@ -72,8 +72,10 @@ class Report(_Printable):
     layers: tuple[LayerReport, ...]
     config: LetheConfig
     backend: str
+    backend_reason: str
     dtype: str
     device: str
+    page_size: int
 
     @classmethod
     def of(
@@ -83,10 +85,12 @@ class Report(_Printable):
         config: LetheConfig,
         dtype: torch.dtype,
         device: torch.device,
+        backend: tuple[str, str],
+        page_size: int,
     ) -> Report:
         """Gather the report from the passes' records and the sites they left."""
         layers = tuple(_layer(site, dtype) for site in sites)
-        return cls(tuple(records), layers, config, "eager", str(dtype).removeprefix("torch."), str(device))
+        return cls(tuple(records), layers, config, *backend, str(dtype).removeprefix("torch."), str(device), page_size)
 
     @property
     def bytes_per_token(self) -> int:
@@ -95,9 +99,10 @@ class Report(_Printable):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: passes with their matches and refusals, layers, cache geometry, configuration."""
-        cache = {"page_size": self.config.page_size, "bytes_per_token": self.bytes_per_token}
+        cache = {"page_size": self.page_size, "bytes_per_token": self.bytes_per_token}
         return {
             "backend": self.backend,
+            "backend_reason": self.backend_reason,
             "dtype": self.dtype,
             "device": self.device,
             "passes": [asdict(record) for record in self.passes],
@@ -110,8 +115,9 @@ class Report(_Printable):
         from rich.console import Group
 
         line = (
-            f"{len(self.layers)} attention layers on {self.device}, {self.dtype}, backend {self.backend}; policy"
-            f" {self.config.policy}; {self.bytes_per_token:,} KV bytes per token, pages of {self.config.page_size}"
+            f"{len(self.layers)} attention layers on {self.device}, {self.dtype}, backend {self.backend}"
+            f" ({self.backend_reason}); policy"
+            f" {self.config.policy}; {self.bytes_per_token:,} KV bytes per token, pages of {self.page_size}"
         )
         return Group(self._pass_table(), self._layer_table(), line)
 
@@ -151,6 +157,7 @@ class CacheStats(_Printable):
     timeline: list[list[float]]  # [rounds][layers]: retained tokens after each round, mean over sequences under way
     bytes_peak: int
     bytes_mean: float
+    pressed: int = 0  # rounds that pruned harder for lack of pages
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; a threshold that is never reached and a sparsity never measured are null."""
@@ -178,7 +185,9 @@ class CacheStats(_Printable):
                 _bytes(_mean(self.bytes_held[layer])),
                 _bytes(_mean(self.bytes_freed[layer])),
             )
-        return Group(table, f"all sequences: mean {_bytes(self.bytes_mean)}, peak {_bytes(self.bytes_peak)}")
+        pressed = f"; {self.pressed} rounds for lack of pages" if self.pressed else ""
+        sizes = f"mean {_bytes(self.bytes_mean)}, peak {_bytes(self.bytes_peak)}"
+        return Group(table, f"all sequences: {sizes}{pressed}")
 
 
 def _mask_words(layer: LayerReport) -> str:

@@ -14,14 +14,20 @@ from torch import Tensor, nn
 from lethe_compile import generation
 from lethe_compile.cache import Geometry, KVCache
 from lethe_compile.config import LetheConfig
-from lethe_compile.errors import InputError
+from lethe_compile.errors import InputError, OutOfPagesError
+from lethe_compile.executor import DecodeGraph, Executor
+from lethe_compile.ledger import Counts, Ledger
+from lethe_compile.memory import allowance, available_bytes
 from lethe_compile.passes.base import PassRecord
 from lethe_compile.passes.program import Program
 from lethe_compile.policies import make_policy
-from lethe_compile.policies.base import LayerState
+from lethe_compile.policies.base import RoundState
 from lethe_compile.policies.full import FullPolicy
 from lethe_compile.prompt import check_ids
 from lethe_compile.report import CacheStats, Report
+
+_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+_ATTEMPTS = 4  # to reserve pages; each but the first after a round that prunes harder
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,11 @@ class OptimizedModel(nn.Module):
 
     Attributes:
         graph_module: the rewritten graph; its weights are the original model's own tensors.
+        backend: how it runs, and why; see `executor.choose_backend`.
         config: the `LetheConfig` in force.
         policy: decides at each round what stays.
         cache: pages, tables and figures of the generation under way, or of the last one.
+        kv_memory: most bytes of the cache, or fraction of what is free; see `optimize`. Holds from the next generation.
         on_round: callables that get a `Round` for each layer a round changed.
         vocab_size, max_positions: limits on inputs; `max_positions` is None where the model has none.
     """
@@ -55,21 +63,27 @@ class OptimizedModel(nn.Module):
         vocab_size: int,
         max_positions: int | None,
         generation_config: Any = None,
+        backend: tuple[str, str] = ("eager", "asked for"),
     ) -> None:
         super().__init__()
+        self.backend = backend
+        self._executor = Executor(program, compiled=backend[0] != "eager")
+        self._graphs: dict[int, DecodeGraph] = {}  # by rows
         self.graph_module, self.sites = program.module, program.sites
         self.config, self.policy = config, make_policy(config)
         self.vocab_size, self.max_positions = vocab_size, max_positions
         self.generation_config = generation_config
+        self.kv_memory: int | float | None = None
+        self._allowed_by: int | float | None = None  # the `kv_memory` behind `cache.max_bytes`
         self.on_round: list[Callable[[Round], None]] = []
         self._records = records
-        self._cache_inputs = [str(n.target) for n in program.placeholders()[3:]]
         self._dtype: torch.dtype = program.sites[0].node.meta["val"].dtype
         self._device: torch.device = program.input_ids.meta["val"].device
+        self.page_size = config.page_size_on(self._device.type)
         tokens = [geometry.bytes_per_token(self._dtype) for geometry in self._geometries()]
-        self._page_bytes = np.array(tokens, np.int64)[:, None] * config.page_size  # [layers, 1]
+        self._page_bytes = np.array(tokens, np.int64)[:, None] * self.page_size  # [layers, 1]
         self.cache = self._new_cache()
-        self._generating = False
+        self._generating, self._rows = False, 0
         self.policy.begin(len(self.sites), 0)
         self._reset(torch.zeros(0, dtype=torch.int64))
 
@@ -94,7 +108,7 @@ class OptimizedModel(nn.Module):
         """
         lengths, order = self._right_pad(input_ids, attention_mask)
         ids = input_ids.gather(1, order)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
         if position_ids is not None:
             positions = position_ids.expand_as(ids).gather(1, order)
         cache = self._new_cache()
@@ -123,59 +137,132 @@ class OptimizedModel(nn.Module):
         """
         return generation.generate(self, inputs, **options)
 
-    def begin(self, rows: int, prompt_lengths: Tensor) -> None:
-        """Start a generation of `rows` sequences with an empty cache. Part of `generation.Decoder`."""
+    def begin(self, rows: int, prompt_lengths: Tensor, new_tokens: int | None = None) -> None:
+        """Start a generation of `rows` sequences with an empty cache. Part of `generation.Decoder`.
+
+        With `new_tokens`, the most that each row gets, a batch is refused here that might not fit later.
+        """
         if self._generating:
             raise InputError("this model is generating already: it has one cache; optimize() again for a second one")
+        self._rows = rows
+        prompt_lengths = _padded(prompt_lengths, self._bucket(rows))
+        hint = self._admit(prompt_lengths, new_tokens)
+        try:
+            self.cache.begin(len(prompt_lengths), hint)
+        except OutOfPagesError as error:
+            raise InputError(f"{rows} sequences do not fit: {error}") from error
         self._generating = True
-        self.cache.begin(rows)
-        self.policy.begin(len(self.sites), rows)
-        self._reset(prompt_lengths)
+        self.policy.begin(len(self.sites), len(prompt_lengths))
+        self._reset(prompt_lengths, new_tokens)
 
-    def _reset(self, prompt_lengths: Tensor) -> None:
+    def _bucket(self, rows: int) -> int:
+        """Rows that the cache is made for: captured graphs serve a few sizes, and what is over stays empty."""
+        if self.backend[0] != "cudagraphs":
+            return rows
+        return next(size for size in (*_BUCKETS, -(-rows // _BUCKETS[-1]) * _BUCKETS[-1]) if size >= rows)
+
+    def _admit(self, prompt_lengths: Tensor, new_tokens: int | None) -> int | Counts:
+        """Tokens [layers, rows] that the cache should have room for at once; refuses what cannot be made to fit."""
+        cache = self.cache
+        last = cache.max_bytes if self._allowed_by == self.kv_memory else None
+        cache.max_bytes = allowance(self.kv_memory, self.device, cache.pool_bytes, last)
+        self._allowed_by = self.kv_memory
+        if new_tokens is None:
+            return 0
+        prompts = prompt_lengths.cpu().numpy().astype(np.int64)
+        least = self.policy.least_tokens(prompts, new_tokens, self._windows)
+        allowed = cache.max_bytes
+        if allowed is None and self.device.type == "cuda":
+            allowed = available_bytes(self.device) + cache.pool_bytes
+        need = cache.bytes_for(least)
+        if allowed is not None and need > allowed:
+            raise InputError(
+                f"{len(prompts)} sequences of up to {prompts.max(initial=0)} prompt and {new_tokens} new tokens need"
+                f" {need} bytes of KV cache under policy {self.policy.name!r}, and {allowed} bytes are allowed"
+                f" (kv_memory={self.kv_memory}): run fewer or shorter sequences at a time, raise kv_memory, or prune"
+                " with a policy that needs less"
+            )
+        if cache.contiguous:
+            return 0
+        return least if cache.max_bytes is not None else np.minimum(least, prompts + self.config.cap_floor)
+
+    def _reset(self, prompt_lengths: Tensor, new_tokens: int | None = None) -> None:
         self._prompt_lengths = prompt_lengths.to(self.device)
-        self._next_position = torch.zeros_like(self._prompt_lengths)
-        shape = (len(self.sites), len(prompt_lengths))
-        self._rounds, self._freed, self._retained = (np.zeros(shape, np.int64) for _ in range(3))
-        self._held = np.zeros(shape, np.int64)
-        self._retained_sum, self._steps, self._until_round = np.zeros(shape, np.float64), 0, 0
-        self._timeline: list[list[float]] = []
+        rows = len(prompt_lengths)
+        self._graph: DecodeGraph | None = None
+        if self.backend[0] == "cudagraphs" and rows:
+            if rows not in self._graphs:
+                self._graphs[rows] = DecodeGraph(self._executor, rows, self.device)
+            self._graph = self._graphs[rows]
+            self._next_position = self._graph.next_position.zero_()
+        else:
+            self._next_position = torch.zeros_like(self._prompt_lengths)
+        self._new_tokens = new_tokens
+        self._live = np.zeros(len(prompt_lengths), np.int64)  # 1 for a row that may take part in the next steps
+        self._ledger = Ledger(len(self.sites), len(prompt_lengths))
+        self._until_round = 0
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Run right-padded prompts ``[rows, T]``; logits ``[rows, vocab_size]`` of each row's last token."""
-        self.cache.reserve_rows(lengths.tolist())
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        logits = self._run(self.cache, input_ids, positions, lengths)
-        self._next_position = lengths.clone()
-        self._observe(lengths > 0)
-        self._round(lengths > 0)
-        return logits[torch.arange(len(lengths), device=logits.device), lengths - 1].float()
+        padded = _padded(lengths, self.cache.rows)
+        prompts = padded.cpu().numpy().astype(np.int64)
+        self.cache.reserve_rows(prompts)
+        self.cache.assume(prompts)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).repeat(len(input_ids), 1)
+        logits = self._run(self.cache, input_ids, positions, lengths, (lengths - 1).clamp(min=0))
+        self._next_position.copy_(padded)
+        self._ledger.prefill(prompts, self.cache.pages_held())
+        self._round(padded > 0)
+        return logits[:, 0].float()
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, active: Tensor) -> Tensor:
-        """Append one token ``[rows]`` to each row that is `active`; logits ``[rows, vocab_size]``."""
+        """Append one token ``[rows]`` to each row that is `active`; logits ``[rows, vocab_size]``.
+
+        A row that was not active once must not be so again: between rounds the host does not ask.
+        """
         if self._until_round == 0:
-            self._round(active)
+            self._round(_padded(active, self.cache.rows))
         self._until_round -= 1
-        ids = tokens.masked_fill(~active, 0)[:, None]
-        logits = self._run(self.cache, ids, self._next_position[:, None], active.to(torch.int32))
-        self._next_position += active
-        self._observe(active)
-        return logits[:, 0].float()
+        self.cache.assume(self._live)
+        if self._graph is not None:
+            self._graph.tokens[: self._rows].copy_(tokens)
+            self._graph.active[: self._rows].copy_(active)
+            logits = self._graph.replay(self.cache.inputs())[: self._rows]
+        else:
+            ids = tokens.masked_fill(~active, 0)[:, None]
+            logits = self._run(self.cache, ids, self._next_position[:, None], active)[:, 0].float()
+            self._next_position += active
+        self._ledger.step()
+        return logits
 
     def end(self) -> None:
         """Give all pages back. Part of `generation.Decoder`."""
         self._generating = False
-        self.cache.end()
+        try:
+            self._observe()
+        finally:
+            self.cache.end()
 
-    def _run(self, cache: KVCache, ids: Tensor, positions: Tensor, new_lengths: Tensor) -> Tensor:
+    def _run(
+        self, cache: KVCache, ids: Tensor, positions: Tensor, new_lengths: Tensor, last: Tensor | None = None
+    ) -> Tensor:
+        """Logits of `ids` [rows, T], the cache's first rows, as `Executor.run`."""
         state = cache.inputs()
-        logits: Tensor = self.graph_module(
-            ids, positions, new_lengths.to(torch.int32), *(state[name] for name in self._cache_inputs)
-        )
-        cache.advance(new_lengths.tolist())
-        return logits
+        for name in ("page_table", "length"):
+            state[name] = state[name][:, : len(ids)]
+        return self._executor.run(ids, positions, new_lengths.to(torch.int32), state, last)
+
+    @contextmanager
+    def interpreted(self) -> Iterator[None]:
+        """Inside this context the graph runs node by node, with the same kernels, and nothing is compiled."""
+        backend, executor = self.backend, self._executor
+        self.backend, self._executor = ("eager", "for now"), executor.interpreted()
+        try:
+            yield
+        finally:
+            self.backend, self._executor = backend, executor
 
     @contextmanager
     def unpruned(self) -> Iterator[None]:
@@ -190,69 +277,105 @@ class OptimizedModel(nn.Module):
     # ---------------------------------------------------------------------------------------------------------- rounds
 
     def _round(self, active: Tensor) -> None:
-        """Let the policy choose what stays, compact, free what finished rows held, and reserve the next interval."""
-        finished = [row for row, on in enumerate(active.tolist()) if not on]
-        self.cache.free_rows(finished)
-        states = [
-            LayerState(
-                site.layer,
-                site.mask.window if site.mask else None,
-                *self.cache.layer_state(site.layer),
-                self._prompt_lengths,
-                self._next_position,
-                active,
-            )
-            for site in self.sites
-        ]
-        filled = self.cache.pages_filled()
-        for state, selection in zip(states, self.policy.round(states), strict=True):
-            if selection is None:
-                continue
-            for callback in self.on_round:
-                callback(Round(state.layer, state.position, selection.keep, state.next_position.clone()))
-            self.cache.compact(state.layer, selection.keep)
-            self._rounds[state.layer] += selection.pruned.cpu().numpy()
-        self._freed += (filled - self.cache.pages_filled()) * self._page_bytes
-        self._until_round = self.config.prune_interval
-        self._timeline.append(self.cache.lengths[:, active.cpu().numpy()].mean(1).tolist())
-        self.cache.reserve(self._until_round, active.tolist())
+        """Let the policy choose what stays, compact, free what finished rows held, and reserve the next interval.
 
-    def _observe(self, active: Tensor) -> None:
-        """Keep what `cache_stats` tells; of a row that has finished, as it was at its end."""
-        on = active.cpu().numpy().astype(bool)
-        self._retained = np.where(on, self.cache.lengths, self._retained)
-        self._held = np.where(on, self.cache.pages_held(), self._held)
-        self._retained_sum += self.cache.lengths
-        self._steps += 1
+        Waits for the device once, behind the compaction; more often only where pages run out.
+        """
+        held = self.cache.pages_held()
+        before, seen, on = self._evict(active)
+        self._ledger.read(seen, before, held)
+        self._live = on
+        self.cache.free_rows(np.flatnonzero((on == 0) & self.cache.pages_held().any(0)).tolist())
+        self._until_round = self.config.prune_interval
+        left = None if self._new_tokens is None else self._new_tokens - self._ledger.decoded
+        if left is not None and left > 0:  # no page for tokens that nobody asked for
+            self._until_round = min(self._until_round, left)
+        self._reserve(active)
+        if on.any():
+            self._ledger.timeline.append(self.cache.lengths[:, on > 0].mean(1).tolist())
+
+    def _evict(self, active: Tensor, limit: Tensor | None = None) -> list[Counts]:
+        """Prune and compact every layer and row; the lengths before, the next positions and `active`, as read back."""
+        state = RoundState(*self.cache.scores(), self._windows, self._prompt_lengths, self._next_position, active)
+        keep = self.policy.round(state, limit)
+        if keep is not None and self.on_round:
+            self._tell(state, keep)
+        before, seen, on = self.cache.compact(keep, self._next_position, active)
+        after = self.cache.lengths
+        self._ledger.evicted(before - after, self.cache.pages_for(before) - self.cache.pages_for(after))
+        return [before, seen, on]
+
+    def _tell(self, state: RoundState, keep: Tensor) -> None:
+        lost = (keep.sum(2) < state.length).any(1).tolist()
+        for layer in [layer for layer, any_lost in enumerate(lost) if any_lost]:
+            event = Round(layer, state.position[layer], keep[layer], state.next_position.clone())
+            for callback in self.on_round:
+                callback(event)
+
+    def _reserve(self, active: Tensor) -> None:
+        """Pages until the next round, pruning harder where there are too few; see `Policy.round` on limits."""
+        tokens = self._live * self._until_round
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                self.cache.reserve_rows(tokens)
+            except OutOfPagesError:
+                if attempt == _ATTEMPTS:
+                    raise
+                self.cache.trim()
+                limit = self.cache.limit(tokens)
+                if (self.cache.lengths > limit).any():
+                    self._ledger.pressed += 1
+                    self._evict(active, torch.full(self.cache.lengths.shape, limit, device=self.device))
+            else:
+                return
+
+    def _observe(self) -> None:
+        """Read back what the steps since the last round did."""
+        held = self.cache.pages_held()
+        (seen,) = self.cache.sync(self._next_position)
+        self._ledger.read(seen, self.cache.lengths, held)
+
+    @property
+    def _windows(self) -> tuple[int | None, ...]:
+        return tuple(site.mask.window if site.mask else None for site in self.sites)
 
     def _geometries(self) -> list[Geometry]:
         return [Geometry(site.kv_heads, site.k_dim, site.v_dim) for site in self.sites]
 
     def _new_cache(self) -> KVCache:
-        page_size = self.config.page_size
-        return KVCache(self._geometries(), page_size=page_size, dtype=self._dtype, device=self._device)
+        return KVCache(self._geometries(), page_size=self.page_size, dtype=self._dtype, device=self._device)
 
     # --------------------------------------------------------------------------------------------------------- reports
 
     def report(self) -> Report:
         """What the compiler found, rewrote and refused; prints as a table, `to_dict` gives JSON."""
-        return Report.of(self._records, self.sites, self.config, self._dtype, self._device)
+        where = (self._dtype, self._device, self.backend, self.page_size)
+        return Report.of(self._records, self.sites, self.config, *where)
 
     def cache_stats(self) -> CacheStats:
         """Per layer and sequence: tokens seen and retained, rounds, threshold, Hoyer sparsity, bytes held and freed.
 
         Of the generation under way, or of the last one; a finished sequence shows what it held when it finished.
         """
+        if self._generating:
+            self._observe()
+        ledger, rows = self._ledger, slice(self._rows)
         return CacheStats(
-            seen=self._next_position.tolist(),
-            retained=self._retained.tolist(),
-            retained_mean=(self._retained_sum / max(1, self._steps)).tolist(),
-            rounds=self._rounds.tolist(),
-            threshold=self.policy.thresholds.tolist(),
-            sparsity=self.policy.sparsity.tolist(),
-            bytes_held=(self._held * self._page_bytes).tolist(),
-            bytes_freed=self._freed.tolist(),
-            timeline=self._timeline,
+            seen=ledger.seen[rows].tolist(),
+            retained=ledger.retained[:, rows].tolist(),
+            retained_mean=(ledger.retained_sum[:, rows] / max(1, ledger.steps)).tolist(),
+            rounds=ledger.rounds[:, rows].tolist(),
+            threshold=self.policy.thresholds[:, rows].tolist(),
+            sparsity=self.policy.sparsity[:, rows].tolist(),
+            bytes_held=(ledger.held * self._page_bytes)[:, rows].tolist(),
+            bytes_freed=(ledger.freed * self._page_bytes)[:, rows].tolist(),
+            timeline=ledger.timeline,
             bytes_peak=self.cache.bytes_peak,
             bytes_mean=self.cache.bytes_mean,
+            pressed=ledger.pressed,
         )
+
+
+def _padded(values: Tensor, rows: int) -> Tensor:
+    """`values` [n] with zeros behind, [rows]."""
+    return torch.nn.functional.pad(values, (0, rows - len(values)))

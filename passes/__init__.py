@@ -5,14 +5,19 @@ from __future__ import annotations
 from lethe_compile.passes.base import Pass
 from lethe_compile.passes.classify_masks import ClassifyMasks
 from lethe_compile.passes.fold_repeat_kv import FoldRepeatKV
+from lethe_compile.passes.fuse_projections import FuseProjections
 from lethe_compile.passes.insert_attention import InsertAttention
 from lethe_compile.passes.locate_attention import LocateAttention
 from lethe_compile.passes.normalize import Normalize
 from lethe_compile.passes.rewrite_positions import RewritePositions
 
 
-def pipeline(decay: float | None, peak: bool = False) -> tuple[Pass, ...]:
-    """Every pass from a captured graph to one that attends over the cache; `decay` and `peak` as `InsertAttention`."""
+def pipeline(decay: float | None, peak: bool = False, *, fuse: bool = False) -> tuple[Pass, ...]:
+    """Every pass from a captured graph to one that attends over the cache; `decay` and `peak` as `InsertAttention`.
+
+    `fuse` adds what only pays where memory bandwidth is the limit: a GPU.
+    """
+    fusions: tuple[Pass, ...] = (FuseProjections(),) if fuse else ()
     return (
         Normalize(),
         LocateAttention(),
@@ -20,4 +25,5 @@ def pipeline(decay: float | None, peak: bool = False) -> tuple[Pass, ...]:
         ClassifyMasks(),
         RewritePositions(),
         InsertAttention(decay, peak),
+        *fusions,
     )

@@ -115,8 +115,9 @@ class Shadow:
             if per_row[row]:
                 self.room[layer][row] = max(self.room[layer][row], length + per_row[row])
 
-    def step(self, per_row: Sequence[int]) -> None:
-        """What the attention ops of one step do, then the host's part."""
+    def step(self, per_row: Sequence[int], assumed: Sequence[int] | None = None) -> None:
+        """What the attention ops of one step do, and the host's part, which may assume more than is true."""
+        assumed = per_row if assumed is None else assumed
         state = self.cache.inputs()
         for layer, row in self.sequences():
             for _ in range(per_row[row]):
@@ -124,23 +125,38 @@ class Shadow:
                 self._write(state, layer, row, len(self.tokens[layer][row]), self.serial)
                 self.tokens[layer][row].append(self.serial)
         state["length"] += torch.tensor(per_row, dtype=torch.int32, device=self.cache.device)
-        self.cache.advance(per_row)
+        self.cache.assume(assumed)
         self.samples.append(self.in_use())
+        bounds = self.cache.stats()["lengths"]
+        assert all(bounds[layer][row] >= len(self.tokens[layer][row]) for layer, row in self.sequences())
+        if list(assumed) != list(per_row):
+            (seen,) = self.cache.sync(torch.tensor([self.serial]))
+            assert seen.tolist() == [self.serial]
+            for layer, row in self.sequences():
+                self.room[layer][row] = max(self.room[layer][row], len(self.tokens[layer][row]))
 
-    def compact(self, layer: int, keep: list[list[bool]]) -> None:
-        width = max((len(row) for row in self.tokens[layer]), default=0)
-        mask = torch.tensor([(row + [True] * width)[:width] for row in keep], dtype=torch.bool).reshape(
-            self.rows, width
-        )
-        self.cache.compact(layer, mask.to(self.cache.device))
-        for row, kept in enumerate(keep):
-            old = self.tokens[layer][row]
-            new = [token for token, stays in zip(old, kept, strict=True) if stays]
-            if len(new) < len(old):
-                self.room[layer][row] = len(new)
-                assert self.cache.stats()["pages"][layer][row] == ceil_div(len(new), self.page)
-            self.freed += (ceil_div(len(old), self.page) - ceil_div(len(new), self.page)) * self.page_bytes(layer)
-            self.tokens[layer][row] = new
+    def compact(self, keep: dict[int, list[list[bool]]]) -> None:
+        """A round in which some layers keep only so much, by row."""
+        width = max(1, *(len(row) for rows in self.tokens for row in rows))
+        mask = torch.ones(len(self.geometries), self.rows, width, dtype=torch.bool)
+        for layer, rows in keep.items():
+            for row, kept in enumerate(rows):
+                mask[layer, row, : len(kept)] = torch.tensor(kept, dtype=torch.bool)
+        before, serial = self.cache.compact(mask.to(self.cache.device), torch.tensor(self.serial).to(self.cache.device))
+        assert before.tolist() == [[len(row) for row in rows] for rows in self.tokens]
+        assert serial == self.serial
+        for layer, rows in keep.items():
+            for row, kept in enumerate(rows):
+                self._drop(layer, row, kept)
+
+    def _drop(self, layer: int, row: int, kept: list[bool]) -> None:
+        old = self.tokens[layer][row]
+        new = [token for token, stays in zip(old, kept, strict=True) if stays]
+        if len(new) < len(old):
+            self.room[layer][row] = len(new)
+            assert self.cache.stats()["pages"][layer][row] == ceil_div(len(new), self.page)
+        self.freed += (ceil_div(len(old), self.page) - ceil_div(len(new), self.page)) * self.page_bytes(layer)
+        self.tokens[layer][row] = new
 
     def free(self, rows: Sequence[int]) -> None:
         self.cache.free_rows(rows)
@@ -197,13 +213,12 @@ class Shadow:
         self._check_figures(state)
 
     def _check_states(self) -> None:
-        for layer, rows in enumerate(self.tokens):
-            mass, position, length = self.cache.layer_state(layer)
-            width = max((len(row) for row in rows), default=0)
-            assert (mass.dtype, position.dtype, length.dtype) == (torch.float32, torch.int32, torch.int64)
-            assert length.tolist() == [len(row) for row in rows]
-            assert mass.tolist() == [row + [0] * (width - len(row)) for row in rows]
-            assert position.tolist() == [row + [-1] * (width - len(row)) for row in rows]
+        mass, position, length = self.cache.scores()
+        width = max(1, *(len(row) for rows in self.tokens for row in rows))
+        assert (mass.dtype, position.dtype, length.dtype) == (torch.float32, torch.int32, torch.int64)
+        assert length.tolist() == [[len(row) for row in rows] for rows in self.tokens]
+        assert mass.tolist() == [[row + [0] * (width - len(row)) for row in rows] for rows in self.tokens]
+        assert position.tolist() == [[row + [-1] * (width - len(row)) for row in rows] for rows in self.tokens]
 
     def _check_figures(self, state: dict[str, Tensor]) -> None:
         cache = self.cache
@@ -262,17 +277,20 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(self.headroom()))
     @rule(data=st.data())
     def decode(self, data: st.DataObject) -> None:
-        self.shadow.step(self.per_row(data, self.headroom()))
+        room = self.headroom()
+        self.shadow.step(self.per_row(data, room), room if data.draw(st.booleans()) else None)
 
     @rule(data=st.data(), modulus=st.integers(1, 5), phase=st.integers(0, 4))
     def round(self, data: st.DataObject, modulus: int, phase: int) -> None:
-        for layer in range(len(self.shadow.geometries)):
-            if data.draw(st.booleans()):
-                keep = [
-                    [modulus == 1 or (token + row) % modulus == phase % modulus for token in tokens]
-                    for row, tokens in enumerate(self.shadow.tokens[layer])
-                ]
-                self.shadow.compact(layer, keep)
+        keep = {
+            layer: [
+                [modulus == 1 or (token + row) % modulus == phase % modulus for token in tokens]
+                for row, tokens in enumerate(self.shadow.tokens[layer])
+            ]
+            for layer in range(len(self.shadow.geometries))
+            if data.draw(st.booleans())
+        }
+        self.shadow.compact(keep)
 
     @rule(data=st.data())
     def retire(self, data: st.DataObject) -> None:
@@ -315,8 +333,8 @@ def test_a_decode_with_rounds_keeps_contents_and_frees_memory(contiguous: bool, 
     for _ in range(3):
         decode(shadow, 20)
         before = shadow.cache.stats()["pages"]
-        for layer in (0, 2):
-            shadow.compact(layer, [[slot % 4 == 0 for slot in range(len(row))] for row in shadow.tokens[layer]])
+        keep = {i: [[slot % 4 == 0 for slot in range(len(row))] for row in shadow.tokens[i]] for i in (0, 2)}
+        shadow.compact(keep)
         after = shadow.cache.stats()["pages"]
         assert all(sum(after[layer]) < sum(before[layer]) / 2 for layer in (0, 2))
         assert after[1] == before[1]
@@ -332,8 +350,7 @@ def test_a_round_over_all_layers_and_the_reserve_behind_it_upload_the_table_once
     assert shadow.reserve([32, 32])
     shadow.step([32, 32])
     table, before = shadow.cache.page_table, shadow.cache.page_table._version
-    for layer in range(4):
-        shadow.compact(layer, [[slot < 9 for slot in range(32)]] * 2)
+    shadow.compact({layer: [[slot < 9 for slot in range(32)]] * 2 for layer in range(4)})
     assert table._version == before
     shadow.cache.reserve(8, active=[True, False])
     shadow.cache.inputs()
@@ -377,7 +394,7 @@ def test_a_contiguous_pool_shrinks_once_most_of_it_is_free() -> None:
     assert shadow.reserve([400, 400])
     shadow.step([400, 400])
     full = shadow.cache.pool_bytes
-    shadow.compact(0, [[slot < 40 for slot in range(400)]] * 2)
+    shadow.compact({0: [[slot < 40 for slot in range(400)]] * 2})
     assert shadow.cache.pool_bytes == full
     assert shadow.reserve([8, 8])
     assert shadow.cache.pool_bytes < full / 5
@@ -441,7 +458,7 @@ def test_a_pool_gives_up_room_that_another_needs_under_a_common_limit(contiguous
     assert shadow.reserve([160])
     shadow.step([160])
     wide = shadow.cache.inputs()["k_pages_0"].shape[0]
-    shadow.compact(0, [[slot < 2 for slot in range(160)]])
+    shadow.compact({0: [[slot < 2 for slot in range(160)]]})
     assert shadow.reserve([150])
     shadow.step([150])
     assert shadow.cache.inputs()["k_pages_0"].shape[0] < wide
@@ -463,11 +480,63 @@ def test_a_failed_allocation_leaves_a_paged_cache_as_it_was(monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr(pool.Pool, "_allocate", fail)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(OutOfPagesError, match="the device has no memory"):
             shadow.cache.reserve(100)
-    assert shadow.cache.stats()["pages"] == [[3, 5]]
+        assert shadow.cache.stats()["pages"] == [[3, 5]]
+        with pytest.raises(OutOfPagesError, match="the device has no more"):  # known now, so it is not tried again
+            shadow.cache.reserve(100)
+        assert shadow.cache.limit([1, 0]) == 20
+    shadow.begin(2)
+    assert shadow.reserve([10, 20])
+    shadow.step([10, 20])
     decode(shadow, 30)
     shadow.check()
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_the_generation_changes_with_the_tensors_and_only_then(contiguous: bool) -> None:
+    shadow = Shadow([WIDE, NARROW], contiguous=contiguous)
+    shadow.begin(2)
+    generation, tensors, changes = shadow.cache.generation, shadow.cache.inputs(), 0
+    for step in range(60):
+        decode(shadow, 4)
+        if step % 10 == 9:
+            shadow.compact({0: [[slot % 3 == 0 for slot in range(len(row))] for row in shadow.tokens[0]]})
+        now = shadow.cache.inputs()
+        same = all(a is b for a, b in zip(tensors.values(), now.values(), strict=True))
+        assert same == (generation == shadow.cache.generation)
+        changes += not same
+        generation, tensors = shadow.cache.generation, now
+    assert 2 <= changes <= (40 if contiguous else 12)
+    shadow.begin(3)
+    assert shadow.cache.generation > generation
+
+
+def test_an_explicit_limit_is_allocated_at_once_where_pages_are_scattered() -> None:
+    shadow = Shadow([WIDE, NARROW], contiguous=False, max_bytes=24_000)
+    shadow.begin(2, hint=3)
+    assert 23_000 < shadow.cache.pool_bytes <= 24_000
+    tensors = shadow.cache.inputs()
+    assert shadow.reserve([30, 30])
+    assert all(a is b for a, b in zip(tensors.values(), shadow.cache.inputs().values(), strict=True) if a.dim() == 4)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_the_limit_is_the_most_that_leaves_room(contiguous: bool) -> None:
+    shadow = Shadow([WIDE, NARROW], contiguous=contiguous, max_bytes=16_000)
+    shadow.begin(2)
+    assert shadow.reserve([60, 20])
+    shadow.step([60, 20])
+    assert not shadow.reserve([40, 40])
+    limit = shadow.cache.limit([40, 40])
+    assert 0 < limit < 60
+    shadow.compact({i: [[slot < limit for slot in range(len(row))] for row in shadow.tokens[i]] for i in (0, 1)})
+    shadow.cache.trim()
+    shadow.room = [[len(row) for row in rows] for rows in shadow.tokens]
+    shadow.check()
+    assert shadow.reserve([40, 40])
+    with pytest.raises(OutOfPagesError, match="no room for 900 new tokens"):
+        shadow.cache.limit([900, 0])
 
 
 def test_geometry_counts_keys_and_values_only() -> None:
@@ -487,12 +556,13 @@ def test_wrong_inputs_are_refused() -> None:
     shadow.begin(2)
     assert shadow.reserve([4, 4])
     with pytest.raises(InputError, match="not reserved"):
-        shadow.cache.advance([5, 0])
+        shadow.cache.assume([5, 0])
     with pytest.raises(InputError, match="each of 2 rows"):
         shadow.cache.reserve_rows([1])
     with pytest.raises(InputError, match=">= 0"):
         shadow.cache.reserve_rows([1, -1])
     shadow.step([4, 4])
-    with pytest.raises(InputError, match=r"must be \[2, >= 4\]"):
-        shadow.cache.compact(0, torch.ones(2, 3, dtype=torch.bool))
+    for shape in ((1, 2, 3), (2, 2, 4), (1, 1, 4)):
+        with pytest.raises(InputError, match=r"must be \[1, 2, >= 4\]"):
+            shadow.cache.compact(torch.ones(shape, dtype=torch.bool))
     shadow.check()

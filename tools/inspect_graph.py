@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lethe_compile.capture import capture
 from lethe_compile.config import LetheConfig
+from lethe_compile.executor import choose_backend
 from lethe_compile.errors import InputError
 from lethe_compile.passes import pipeline
 from lethe_compile.passes.base import run_pipeline
@@ -22,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Capture a model, run the passes, print the report."""
     options = _arguments(argv)
     config = LetheConfig()
-    passes = pipeline(config.decay, config.score == "peak")
-    names = [step.name for step in passes]
+    rule = (config.decay, config.score == "peak")
+    names = [step.name for step in pipeline(*rule, fuse=True)]
     if options.print_after is not None and options.print_after not in names:
         raise InputError(f"no pass is called {options.print_after!r}; there are {', '.join(names)}")
 
@@ -32,10 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(program.graph)
 
     captured = capture(_models.load_model(options.model))
+    passes = pipeline(*rule, fuse=captured.program.device.type == "cuda")
     result = run_pipeline(captured.program, passes, observe)
     site = result.program.sites[0]
     device = result.program.input_ids.meta["val"].device
-    report = Report.of(result.records, result.program.sites, config, site.node.meta["val"].dtype, device)
+    where = (site.node.meta["val"].dtype, device, choose_backend("auto", device), config.page_size_on(device.type))
+    report = Report.of(result.records, result.program.sites, config, *where)
     Console().print(report)
     if options.json is not None:
         options.json.write_text(report.to_json() + "\n")

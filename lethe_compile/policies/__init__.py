@@ -11,11 +11,11 @@ from typing import TypeVar
 
 from lethe_compile.config import LetheConfig
 from lethe_compile.errors import ConfigError
-from lethe_compile.policies.base import LayerState, Policy, Selection
+from lethe_compile.policies.base import Policy, RoundState
 from lethe_compile.policies.full import FullPolicy
 from lethe_compile.policies.lethe import LethePolicy
 
-__all__ = ["FullPolicy", "LayerState", "LethePolicy", "Policy", "Selection", "make_policy", "register"]
+__all__ = ["FullPolicy", "LethePolicy", "Policy", "RoundState", "make_policy", "register"]
 
 ENTRY_POINT_GROUP = "lethe_compile.policies"
 

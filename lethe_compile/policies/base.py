@@ -1,7 +1,8 @@
 """What a policy sees at a round, what it answers, and the interface in between.
 
-A round happens on the host, after the prefill and then every `prune_interval` decode steps. The policy names, per layer
-and row, the slots that stay; compaction and the return of emptied pages are the cache's business.
+A round comes after the prefill and then every `prune_interval` decode steps, for all layers and rows at once. The
+policy names the slots that stay; compaction and the return of emptied pages are the cache's business. On a GPU a round
+should not wait for the device: the host reads it once, after the compaction.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lethe_compile.config import LetheConfig
@@ -19,43 +23,32 @@ from lethe_compile.config import LetheConfig
 NEVER = torch.iinfo(torch.int64).max
 """Threshold of a layer that is never considered for pruning."""
 
+Counts = NDArray[np.int64]
+
 
 @dataclass(frozen=True)
-class LayerState:
-    """One layer's cache at a round: R rows, N = the longest row's retained tokens, slots in order of position."""
+class RoundState:
+    """The cache at a round: L layers, R rows, N slots at least as many as the longest row's, in order of position."""
 
-    layer: int  # index of the attention site in graph order
-    window: int | None  # sliding window: query q sees position p iff q - p < window
-    mass: Tensor  # [R, N] float32: RASR scores, 0 beyond length
-    position: Tensor  # [R, N] int32, -1 beyond length
-    length: Tensor  # [R] int64
+    mass: Tensor  # [L, R, N] float32: RASR scores, 0 beyond length
+    position: Tensor  # [L, R, N] int32, -1 beyond length
+    length: Tensor  # [L, R] int64
+    windows: tuple[int | None, ...]  # of each layer: query q sees position p iff q - p < window; None = no window
     prompt_length: Tensor  # [R] int64: positions below are prompt
     next_position: Tensor  # [R] int64: position that the next token will get
     active: Tensor  # [R] bool: rows still generating
 
     def visible(self) -> Tensor:
-        """[R, N] bool: tokens that the next query or a later one can see. Rows that are done keep all their tokens.
+        """[L, R, N] bool: tokens that the next query or a later one can see. Rows that are done keep all their tokens.
 
         Dropping the others loses nothing: queries only move forward, so what the window hides now, it hides for good.
         """
         valid = self.position >= 0
-        if self.window is None:
+        if not any(self.windows):
             return valid
-        hidden = self.position <= (self.next_position - self.window).unsqueeze(1)
-        return valid & ~(hidden & self.active.unsqueeze(1))
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The slots of one layer that stay."""
-
-    keep: Tensor  # [R, N] bool, False beyond length
-    pruned: Tensor  # [R] bool: rows that lose at least one token
-
-    @classmethod
-    def of(cls, state: LayerState, keep: Tensor) -> Selection:
-        """Selection that keeps `keep` [R, N] of `state`'s tokens."""
-        return cls(keep, keep.sum(1) < state.length)
+        window = _window_sizes(self.windows, self.position.device)  # [L, 1]
+        hidden = self.position <= (self.next_position - window).unsqueeze(2)
+        return valid & ~(hidden & self.active[:, None])
 
 
 class Policy(ABC):
@@ -93,6 +86,38 @@ class Policy(ABC):
         self._thresholds = torch.full((num_layers, rows), NEVER, dtype=torch.int64)
         self._sparsity = torch.full((num_layers, rows), torch.nan)
 
+    def least_tokens(self, prompts: Counts, new_tokens: int, windows: Sequence[int | None]) -> Counts:
+        """[L, R] tokens that each layer and row must have room for, pruned as hard as this policy can.
+
+        A generation that finds this room never runs out of pages: where more is held, `round` gets a `limit`, of no
+        less than what is stated here without the prompt and less one interval. A policy that ignores limits must state
+        all it will ever hold; this one does.
+
+        Args:
+            prompts: [R] prompt tokens.
+            new_tokens: cached tokens to come in each row.
+            windows: [L] as in `RoundState`.
+        """
+        return np.tile(prompts + new_tokens, (len(windows), 1))
+
     @abstractmethod
-    def round(self, layers: Sequence[LayerState]) -> list[Selection | None]:
-        """What stays of each layer, in the order given; None = that layer is untouched."""
+    def round(self, state: RoundState, limit: Tensor | None = None) -> Tensor | None:
+        """The slots that stay: keep [L, R, N] bool, False beyond length; None = nothing goes.
+
+        `limit` [L, R] int64, each >= 1, comes when pages run out: no more tokens than that may stay. Such a round
+        follows an ordinary one at the same step, and is no occasion to adapt thresholds.
+        """
+
+
+def trimmed_by_window(tokens: Counts, prompts: Counts, windows: Sequence[int | None], interval: int) -> Counts:
+    """[L, R] of `tokens` [L, R], what is left where each round trims to the window: never less than the prompt."""
+    held = np.array([[NEVER if window is None else window - 1 + interval] for window in windows])  # [L, 1]
+    trimmed: Counts = np.minimum(tokens, np.maximum(prompts, held))
+    return trimmed
+
+
+@lru_cache(maxsize=16)
+def _window_sizes(windows: tuple[int | None, ...], device: torch.device) -> Tensor:
+    """[L, 1] int64 on the device, sent there once: a copy from the host would make every round wait."""
+    longest = torch.iinfo(torch.int32).max
+    return torch.tensor([[longest if window is None else window] for window in windows], device=device)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from lethe_compile.policies.base import LayerState, Policy, Selection
+from lethe_compile.policies.base import Counts, Policy, RoundState, trimmed_by_window
 
 
 class FullPolicy(Policy):
@@ -14,10 +15,14 @@ class FullPolicy(Policy):
 
     name = "full"
 
-    def round(self, layers: Sequence[LayerState]) -> list[Selection | None]:
-        seen = {i: state.visible() for i, state in enumerate(layers) if state.window is not None}
-        if not seen:
-            return [None] * len(layers)
-        drops = torch.stack([(keep.sum(1) < layers[i].length).any() for i, keep in seen.items()])
-        dropping = dict(zip(seen, drops.tolist(), strict=True))  # the round's one host sync
-        return [Selection.of(state, seen[i]) if dropping.get(i) else None for i, state in enumerate(layers)]
+    def least_tokens(self, prompts: Counts, new_tokens: int, windows: Sequence[int | None]) -> Counts:
+        everything = super().least_tokens(prompts, new_tokens, windows)
+        return trimmed_by_window(everything, prompts, windows, self.config.prune_interval)
+
+    def round(self, state: RoundState, limit: Tensor | None = None) -> Tensor | None:
+        if not any(state.windows):
+            return None
+        seen = state.visible()
+        if seen.is_cpu and torch.equal(seen.sum(2), state.length):  # on a GPU, asking costs more than an idle launch
+            return None
+        return seen

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lethe_compile.config import MIN_RETAINED, LetheConfig
 from lethe_compile.errors import ConfigError
-from lethe_compile.kernels.select.reference import hoyer_sparsity, select, select_shared, summed_mass
-from lethe_compile.policies.base import NEVER, LayerState, Policy, Selection
+from lethe_compile.kernels.ops import hoyer_sparsity, select
+from lethe_compile.kernels.select.reference import select_shared, summed_mass
+from lethe_compile.policies.base import NEVER, Counts, Policy, RoundState, trimmed_by_window
 
 
 class LethePolicy(Policy):
@@ -28,7 +30,7 @@ class LethePolicy(Policy):
     Hard caps hold between rounds, one interval apart: a round that sees a cap about to be exceeded trims to one
     interval below it. Only a prompt longer than its cap exceeds it, until the round after the prefill. `max_tokens`
     caps each layer; `budget` caps a row's sum over layers, and where that is about to be exceeded, each layer is capped
-    by its share (`share_budget`). The lower cap counts.
+    by its share (`share_budget`). The lower cap counts, and so does the limit of a round that comes for lack of pages.
 
     With `paper_literal`, the batch is treated as one row: its length is that of the longest active row.
     """
@@ -58,32 +60,37 @@ class LethePolicy(Policy):
         self._thresholds.fill_(self.config.prune_threshold)
         self._resume = torch.zeros_like(self._thresholds)
 
-    def round(self, layers: Sequence[LayerState]) -> list[Selection | None]:
-        sites, active, device = [state.layer for state in layers], layers[0].active, layers[0].active.device
+    def least_tokens(self, prompts: Counts, new_tokens: int, windows: Sequence[int | None]) -> Counts:
+        everything = super().least_tokens(prompts, new_tokens, windows)
+        pruned = np.minimum(everything, np.maximum(prompts, self.config.cap_floor))
+        return trimmed_by_window(pruned, prompts, windows, self.config.prune_interval)
+
+    def round(self, state: RoundState, limit: Tensor | None = None) -> Tensor | None:
+        self._follow(state.mass.device)
+        seen = state.visible()
+        count = seen.sum(2)  # [L, R]
+        size = self._sizes(count, state.active)
+        starved = self._starved(size)
+        due = self._due(size, starved, limit) & state.active
+        if state.mass.is_cpu and not due.any():  # on a GPU, asking costs more than rows that exit at once
+            return seen if (count < state.length).any() else None
+
+        view = replace(state, mass=state.mass.masked_fill(~seen, 0), position=state.position.masked_fill(~seen, -1))
+        self._sparsity = torch.where(due, self._measure(view, size), self._sparsity)
+        chosen, broke = self._select(view, due, self._targets(size, starved, limit))
+        keep = torch.where(due.unsqueeze(2), chosen, seen)
+        if limit is None:
+            # A cap may force a round below the threshold; doubling for that would never stop.
+            flat = due & ~broke & (size >= self._thresholds)
+            self._thresholds = torch.where(flat, 2 * self._thresholds, self._thresholds)
+        kept = self._sizes(keep.sum(2), state.active)
+        self._resume = torch.where(due, kept + self.config.prune_interval, self._resume)
+        return keep
+
+    def _follow(self, device: torch.device) -> None:
+        """Keep the state where the scores are; it moves once in a generation."""
         self._thresholds, self._resume = self._thresholds.to(device), self._resume.to(device)
         self._sparsity = self._sparsity.to(device)
-
-        views = [_without_hidden(state) for state in layers]
-        count = torch.stack([(view.position >= 0).sum(1) for view in views])  # [L, R]
-        hiding = (count < torch.stack([state.length for state in layers])).any(1)
-        size = self._sizes(count, active)
-        pressed = self._pressed(size)
-        due = self._due(sites, size, pressed) & active
-        considered, trimmed = torch.stack([due.any(1), hiding]).tolist()  # the round's one host sync
-
-        for i, view in enumerate(views):
-            if considered[i]:
-                measured = self._measure(view, size[i])
-                self._sparsity[view.layer] = torch.where(due[i], measured, self._sparsity[view.layer])
-        targets = self._targets(sites, size, pressed)
-        selections: list[Selection | None] = []
-        for i, (state, view) in enumerate(zip(layers, views, strict=True)):
-            if considered[i]:
-                target = None if targets is None else targets[i]
-                selections.append(Selection.of(state, self._prune(view, due[i], size[i], target)))
-            else:
-                selections.append(Selection.of(state, view.position >= 0) if trimmed[i] else None)
-        return selections
 
     def _sizes(self, count: Tensor, active: Tensor) -> Tensor:
         """Tokens [L, R] that rows are judged by: their own, or in a literal batch those of the longest active row."""
@@ -91,64 +98,81 @@ class LethePolicy(Policy):
             return count
         return (count * active).amax(1, keepdim=True).expand_as(count)
 
-    def _pressed(self, size: Tensor) -> Tensor:
+    def _starved(self, size: Tensor) -> Tensor:
         """[R] bool: rows whose layers together would exceed the budget before the next round."""
         if self.config.budget is None:
             return torch.zeros_like(size[0], dtype=torch.bool)
         return size.sum(0) + len(size) * self.config.prune_interval > self.config.budget
 
-    def _due(self, sites: list[int], size: Tensor, pressed: Tensor) -> Tensor:
-        """[L, R] bool: where a threshold is reached, or a cap would be exceeded before the next round."""
-        due = (size >= torch.maximum(self._thresholds[sites], self._resume[sites])) | pressed
+    def _due(self, size: Tensor, starved: Tensor, limit: Tensor | None) -> Tensor:
+        """[L, R] bool: where a threshold is reached, a cap would be exceeded before the next round, or a limit is."""
+        due = (size >= torch.maximum(self._thresholds, self._resume)) | starved
         if self.config.max_tokens is not None:
             due = due | (size + self.config.prune_interval > self.config.max_tokens)
-        return due
+        return due if limit is None else due | (size > limit)
 
-    def _measure(self, view: LayerState, size: Tensor) -> Tensor:
-        """Hoyer sparsity [R] of a layer's scores; in a literal batch, that of their sum over rows."""
-        if self.config.paper_literal:
-            total = summed_mass(view.mass, view.position, view.length, view.active)
-            return hoyer_sparsity(total, size.amax(0, keepdim=True)).expand_as(size)
-        return hoyer_sparsity(view.mass, size)
+    def _measure(self, view: RoundState, size: Tensor) -> Tensor:
+        """Hoyer sparsity [L, R] of the scores; in a literal batch, that of their sum over rows."""
+        if not self.config.paper_literal:
+            return hoyer_sparsity(view.mass.flatten(0, 1), size.flatten()).view_as(size)
+        layers = zip(view.mass, view.position, view.length, strict=True)
+        total = torch.cat([summed_mass(*layer, view.active) for layer in layers])  # [L, N]
+        return hoyer_sparsity(total, size.amax(1)).unsqueeze(1).expand_as(size)
 
-    def _targets(self, sites: list[int], size: Tensor, pressed: Tensor) -> Tensor | None:
+    def _targets(self, size: Tensor, starved: Tensor, limit: Tensor | None) -> Tensor | None:
         """[L, R] tokens that this round may leave, so that one interval more stays within every cap; None: no caps."""
         config, target = self.config, size
-        if config.max_tokens is None and config.budget is None:
+        if config.max_tokens is None and config.budget is None and limit is None:
             return None
         if config.max_tokens is not None:
             target = target.clamp(max=config.max_tokens - config.prune_interval)
         if config.budget is not None:
-            density = 1 - self._sparsity[sites].nan_to_num(0.0)
-            share = share_budget(config.budget, density, config.cap_floor)
-            target = torch.where(pressed, torch.minimum(target, share - config.prune_interval), target)
-        return target
+            share = share_budget(config.budget, 1 - self._sparsity.nan_to_num(0.0), config.cap_floor)
+            target = torch.where(starved, torch.minimum(target, share - config.prune_interval), target)
+        return target if limit is None else torch.minimum(target, limit)
 
-    def _prune(self, view: LayerState, due: Tensor, size: Tensor, target: Tensor | None) -> Tensor:
-        """Slots [R, N] that stay in rows that are `due`; the others keep all they can see. Updates the thresholds."""
+    def _select(self, view: RoundState, due: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Slots [L, R, N] that stay where a row is `due`, and where a breakpoint was found [L, R]."""
         config = self.config
         rule: dict[str, Any] = {
             "sparse_ratio": config.sparse_ratio,
             "segments": config.segments,
             "sink_tokens": config.sink_tokens,
             "recent_ratio": config.recent_ratio,
-            "protected_length": view.prompt_length * config.protect_prompt,
         }
+        protected = view.prompt_length * config.protect_prompt  # [R]
         if config.paper_literal:
-            if target is not None:
-                target = target.masked_fill(~view.active, NEVER).amin(0, keepdim=True)  # [1], active rows are alike
-            keep, broke = select_shared(view.mass, view.position, view.length, view.active, cap=target, **rule)
-        else:
-            keep, broke = select(view.mass, view.position, view.length, cap=target, **rule)
-        keep = torch.where(due.unsqueeze(1), keep, view.position >= 0)
+            return self._select_shared(view, target, protected, rule)
+        keep, broke = select(
+            view.mass.flatten(0, 1),
+            view.position.flatten(0, 1),
+            (view.length * due).flatten(),  # rows that are not due cost nothing
+            protected_length=protected.expand_as(view.length).flatten(),
+            cap=None if target is None else target.flatten(),
+            **rule,
+        )
+        return keep.view_as(view.mass), broke.view_as(due)
 
-        threshold, resume = self._thresholds[view.layer], self._resume[view.layer]
-        kept = self._sizes(keep.sum(1).unsqueeze(0), view.active)[0]
-        # A cap may force a round below the threshold; doubling for that would never stop.
-        flat = due & ~broke & (size >= threshold)
-        self._thresholds[view.layer] = torch.where(flat, 2 * threshold, threshold)
-        self._resume[view.layer] = torch.where(due, kept + config.prune_interval, resume)
-        return keep
+    def _select_shared(
+        self, view: RoundState, target: Tensor | None, protected: Tensor, rule: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The paper's batch-wide choice, layer by layer: a mode for comparison."""
+        if target is not None:  # [L, 1], as active rows are alike
+            target = target.masked_fill(~view.active, NEVER).amin(1, keepdim=True)
+        chosen = [
+            select_shared(
+                view.mass[layer],
+                view.position[layer],
+                view.length[layer],
+                view.active,
+                protected_length=protected,
+                cap=None if target is None else target[layer],
+                **rule,
+            )
+            for layer in range(len(view.windows))
+        ]
+        keep, broke = zip(*chosen, strict=True)
+        return torch.stack(keep), torch.stack(broke)
 
 
 def share_budget(budget: int, density: Tensor, floor: int) -> Tensor:
@@ -162,11 +186,3 @@ def share_budget(budget: int, density: Tensor, floor: int) -> Tensor:
     total = weight.sum(0)
     fraction = torch.where(total > 0, weight / total, 1 / len(density))
     return floor + ((budget - len(density) * floor) * fraction).floor().long()
-
-
-def _without_hidden(state: LayerState) -> LayerState:
-    """`state` without the tokens that its sliding window has hidden for good."""
-    if state.window is None:
-        return state
-    seen = state.visible()
-    return replace(state, mass=state.mass.masked_fill(~seen, 0), position=state.position.masked_fill(~seen, -1))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,8 +17,8 @@ from lethe_compile import policies
 from lethe_compile.config import LetheConfig
 from lethe_compile.errors import ConfigError
 from lethe_compile.kernels.select.reference import hoyer_sparsity, select
-from lethe_compile.policies import FullPolicy, LethePolicy, Policy, Selection, make_policy, register
-from lethe_compile.policies.base import NEVER, LayerState
+from lethe_compile.policies import FullPolicy, LethePolicy, Policy, make_policy, register
+from lethe_compile.policies.base import NEVER, RoundState
 from lethe_compile.policies.lethe import share_budget
 
 SMALL = LetheConfig(
@@ -25,21 +26,73 @@ SMALL = LetheConfig(
 )
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a `RoundState`: R rows, N slots."""
+
+    window: int | None
+    mass: Tensor  # [R, N]
+    position: Tensor  # [R, N]
+    length: Tensor  # [R]
+    prompt_length: Tensor  # [R], as those that follow: the same for all layers of a round
+    next_position: Tensor
+    active: Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What stays of one layer, as its own shape tells."""
+
+    keep: Tensor  # [R, N] bool
+    pruned: Tensor  # [R] bool: rows that lose at least one token
+
+
+def stack(layers: Sequence[Layer]) -> RoundState:
+    """The layers as one round, padded to the widest."""
+    width = max(each.mass.shape[1] for each in layers)
+    pad = [(0, width - each.mass.shape[1]) for each in layers]
+    return RoundState(
+        torch.stack([F.pad(each.mass, p) for each, p in zip(layers, pad, strict=True)]),
+        torch.stack([F.pad(each.position, p, value=-1) for each, p in zip(layers, pad, strict=True)]),
+        torch.stack([each.length for each in layers]),
+        tuple(each.window for each in layers),
+        layers[0].prompt_length,
+        layers[0].next_position,
+        layers[0].active,
+    )
+
+
+def hold_round(policy: Policy, layers: Sequence[Layer], limit: Tensor | None = None) -> list[Selection | None]:
+    """A round; what each layer keeps, None where it loses nothing."""
+    state = stack(layers)
+    before = [tensor.clone() for tensor in vars(state).values() if isinstance(tensor, Tensor)]
+    keep = policy.round(state, limit)
+    after = [tensor for tensor in vars(state).values() if isinstance(tensor, Tensor)]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True)), "a policy must not write into its state"
+    if keep is None:
+        return [None] * len(layers)
+    assert keep.shape == state.mass.shape and keep.dtype == torch.bool
+    assert not (keep & (state.position < 0)).any()
+    pruned = keep.sum(2) < state.length
+    return [
+        Selection(keep[i][:, : each.mass.shape[1]], pruned[i]) if pruned[i].any() else None
+        for i, each in enumerate(layers)
+    ]
+
+
 def layer(
     mass: Sequence[Sequence[float]],
     *,
-    index: int = 0,
     prompt: int = 0,
     window: int | None = None,
     active: Sequence[bool] | None = None,
-) -> LayerState:
+) -> Layer:
     """A layer whose rows hold the positions 0..n-1 with the given scores."""
     length = torch.tensor([len(row) for row in mass])
     width = int(length.max())
     position = torch.arange(width, dtype=torch.int32).expand(len(mass), width)
     position = position.masked_fill(position >= length.unsqueeze(1), -1)
-    return LayerState(
-        layer=index,
+    return Layer(
         window=window,
         mass=torch.tensor([list(row) + [0.0] * (width - len(row)) for row in mass]),
         position=position,
@@ -93,26 +146,22 @@ class Decode:
     def scores(self, n: int) -> list[float]:
         return (torch.rand(n, generator=self.generator) ** self.power).tolist()  # higher power, steeper scores
 
-    def state(self, index: int) -> LayerState:
+    def state(self, index: int) -> Layer:
         rows = self.positions[index]
         length = torch.tensor([len(row) for row in rows])
         width = int(length.max())
         pad = [width - len(row) for row in rows]
         position = torch.tensor([row + [-1] * p for row, p in zip(rows, pad, strict=True)], dtype=torch.int32)
         mass = torch.tensor([row + [0.0] * p for row, p in zip(self.masses[index], pad, strict=True)])
-        return LayerState(
-            index, self.windows[index], mass, position, length, self.prompts, self.next.clone(), self.active.clone()
-        )
+        return Layer(self.windows[index], mass, position, length, self.prompts, self.next.clone(), self.active.clone())
 
-    def round(self) -> tuple[list[LayerState], list[Selection | None]]:
+    def round(self, limit: Tensor | None = None) -> tuple[list[Layer], list[Selection | None]]:
         states = [self.state(i) for i in range(len(self.windows))]
-        selections = self.policy.round(states)
-        assert len(selections) == len(states)
+        selections = hold_round(self.policy, states, limit)
         for i, selection in enumerate(selections):
             if selection is None:
                 continue
             lost = ~selection.keep & (states[i].position >= 0)
-            assert not (selection.keep & (states[i].position < 0)).any()
             assert torch.equal(selection.pruned, lost.any(1))
             for r, keep in enumerate(selection.keep.tolist()):
                 n = len(self.positions[i][r])
@@ -145,69 +194,60 @@ class Decode:
 
 def test_below_the_threshold_nothing_is_looked_at() -> None:
     policy = begun(SMALL, 1, 1)
-    assert policy.round([layer([steep(15)])]) == [None]
+    assert hold_round(policy, [layer([steep(15)])]) == [None]
     assert policy.sparsity.isnan().all()
 
 
 def test_no_breakpoint_keeps_everything_and_doubles_that_threshold_only() -> None:
     policy = begun(SMALL, 2, 2)
-    selections = policy.round([layer([flat(16), steep(16)]), layer([flat(15), steep(15)], index=1)])
+    selections = hold_round(policy, [layer([flat(16), steep(16)]), layer([flat(15), steep(15)])])
     assert policy.thresholds.tolist() == [[32, 16], [16, 16]]
     assert chosen(selections[0]).pruned.tolist() == [False, True]
     assert chosen(selections[0]).keep[0].all()
     assert selections[1] is None
     assert policy.sparsity[0, 0] == 0 and policy.sparsity[0, 1] > 0.3 and policy.sparsity[1].isnan().all()
     for n, threshold in ((31, 32), (32, 64), (63, 64), (64, 128)):
-        policy.round([layer([flat(n), flat(4)])])
+        hold_round(policy, [layer([flat(n), flat(4)]), layer([flat(4), flat(4)])])
         assert policy.thresholds[0, 0] == threshold
 
 
 def test_breakpoint_keeps_sinks_salient_and_recent() -> None:
     policy = begun(SMALL, 1, 1)
-    selection = chosen(policy.round([layer([steep(16)])])[0])
+    selection = chosen(hold_round(policy, [layer([steep(16)])])[0])
     # 14 candidates, first boundary ceil(14 / 4) = 4: two strong ones and the two newest; recent: floor(16 / 4) = 4
     assert selection.keep[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
 
 
 def test_after_a_prune_the_row_rests_for_an_interval() -> None:
     policy = begun(replace(SMALL, prune_threshold=8), 1, 1)
-    kept = int(chosen(policy.round([layer([steep(40)])])[0]).keep.sum())
+    kept = int(chosen(hold_round(policy, [layer([steep(40)])])[0]).keep.sum())
     assert kept > 8
-    assert policy.round([layer([steep(kept + 3)])]) == [None]
-    assert policy.round([layer([steep(kept + 4)])]) != [None]
+    assert hold_round(policy, [layer([steep(kept + 3)])]) == [None]
+    assert hold_round(policy, [layer([steep(kept + 4)])]) != [None]
 
 
 def test_rows_that_are_done_are_left_alone() -> None:
     policy = begun(SMALL, 1, 2)
-    selection = chosen(policy.round([layer([steep(40), steep(40)], active=[False, True], window=20)])[0])
+    selection = chosen(hold_round(policy, [layer([steep(40), steep(40)], active=[False, True], window=20)])[0])
     assert selection.pruned.tolist() == [False, True]
     assert policy.sparsity[0].isnan().tolist() == [True, False]
-    assert policy.round([layer([steep(40), steep(8)], active=[False, True])]) == [None]
+    assert hold_round(policy, [layer([steep(40), steep(8)], active=[False, True])]) == [None]
 
 
 def test_prompt_is_protected_by_default() -> None:
     state = layer([steep(40)], prompt=20)
-    kept = chosen(begun(SMALL, 1, 1).round([state])[0]).keep[0]
+    kept = chosen(hold_round(begun(SMALL, 1, 1), [state])[0]).keep[0]
     assert kept[:20].all() and not kept.all()
-    bare = chosen(begun(replace(SMALL, protect_prompt=False), 1, 1).round([state])[0]).keep[0]
+    bare = chosen(hold_round(begun(replace(SMALL, protect_prompt=False), 1, 1), [state])[0]).keep[0]
     assert not bare[:20].all()
 
 
 def test_begin_forgets_the_last_generation() -> None:
     policy = begun(SMALL, 1, 1)
-    policy.round([layer([flat(16)])])
+    hold_round(policy, [layer([flat(16)])])
     policy.begin(2, 3)
     assert policy.thresholds.tolist() == [[16] * 3] * 2
     assert policy.sparsity.shape == (2, 3) and policy.sparsity.isnan().all()
-
-
-def test_layers_may_come_as_a_subset() -> None:
-    """Sites that share another's cache have no state of their own: thresholds follow `layer`, not the list."""
-    policy = begun(SMALL, 3, 1)
-    selections = policy.round([layer([steep(8)]), layer([flat(16)], index=2)])
-    assert selections[0] is None and selections[1] is not None
-    assert policy.thresholds.tolist() == [[16], [16], [32]]
-    assert policy.round([layer([flat(16)], index=1), layer([flat(31)], index=2)])[1] is None
 
 
 @settings(max_examples=25, deadline=None)
@@ -307,14 +347,13 @@ def test_budget_is_not_touched_while_it_suffices() -> None:
 
 def test_a_layer_above_its_share_is_not_trimmed_while_the_budget_suffices() -> None:
     policy = begun(replace(SMALL, budget=100), 2, 1)
-    selection = chosen(policy.round([layer([flat(80)]), layer([flat(8)], index=1)])[0])
-    assert not selection.pruned.any()
+    assert hold_round(policy, [layer([flat(80)]), layer([flat(8)])]) == [None, None]
 
 
 def test_dense_layers_get_more_of_the_budget() -> None:
     config = replace(SMALL, budget=100, sparse_ratio=1e9)  # no breakpoint: only the budget prunes
     policy = begun(config, 2, 1)
-    selections = policy.round([layer([flat(80)]), layer([steep(80)], index=1)])
+    selections = hold_round(policy, [layer([flat(80)]), layer([steep(80)])])
     dense, sparse = (int(chosen(selection).keep.sum()) for selection in selections)
     caps = share_budget(100, 1 - policy.sparsity, config.cap_floor).flatten().tolist()
     assert (dense, sparse) == (caps[0] - 4, caps[1] - 4)
@@ -347,6 +386,48 @@ def test_shares(density: list[float], floor: int, spare: int) -> None:
     assert torch.equal(caps, share_budget(budget, columns, floor))
 
 
+# --- rounds for lack of pages ---------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    power=st.sampled_from([0.0, 1.0, 6.0]),
+    limit=st.integers(SMALL.cap_floor - SMALL.prune_interval, 60),
+    literal=st.booleans(),
+)
+def test_a_limit_holds_and_adapts_nothing(seed: int, power: float, limit: int, literal: bool) -> None:
+    """It follows an ordinary round, and leaves finished rows, and rows within it, as they are."""
+    config = replace(SMALL, paper_literal=literal, prune_threshold=30)
+    decode = Decode(begun(config, 2, 3), [5, 70, 33], [None, 12], seed=seed, power=power)
+    decode.active[2] = False
+    decode.round()
+    thresholds, before = decode.policy.thresholds.clone(), decode.lengths()
+    decode.round(torch.full((2, 3), limit))
+    after = decode.lengths()
+    assert (after[:, :2] <= limit).all()
+    assert torch.equal(after[:, 2], before[:, 2])
+    assert literal or torch.equal(after[before <= limit], before[before <= limit])
+    assert torch.equal(decode.policy.thresholds, thresholds)
+    for rows in decode.positions:
+        assert [rows[r][-1] for r in range(2)] == (decode.next[:2] - 1).tolist(), "the newest token stays"
+    assert decode.positions[0][1][: SMALL.sink_tokens] == list(range(SMALL.sink_tokens)), "and so do the sinks"
+
+
+def test_a_limit_takes_the_tokens_that_a_cap_would() -> None:
+    scores = [float(j % 11) for j in range(60)]
+    capped = replace(SMALL, max_tokens=24, sparse_ratio=1e9)
+    expected = chosen(hold_round(begun(capped, 1, 1), [layer([scores], prompt=20)])[0]).keep
+    policy = begun(replace(SMALL, sparse_ratio=1e9), 1, 1)
+    limited = chosen(hold_round(policy, [layer([scores], prompt=20)], torch.tensor([[20]]))[0]).keep
+    assert torch.equal(limited, expected) and int(limited.sum()) == 20
+
+
+def test_full_cannot_be_pressed() -> None:
+    policy = begun(replace(SMALL, policy="full"), 1, 1)
+    assert hold_round(policy, [layer([flat(40)])], torch.tensor([[10]])) == [None]
+
+
 # --- windows --------------------------------------------------------------------------------------
 
 
@@ -375,7 +456,7 @@ def test_hidden_tokens_count_for_nothing() -> None:
         length=visible.length - 30,
     )
     policies_ = [begun(SMALL, 1, 1), begun(SMALL, 1, 1)]
-    outer, inner = (chosen(p.round([s])[0]) for p, s in zip(policies_, (windowed, visible), strict=True))
+    outer, inner = (chosen(hold_round(p, [s])[0]) for p, s in zip(policies_, (windowed, visible), strict=True))
     assert not outer.keep[0, :30].any() and not inner.keep.all()
     assert torch.equal(outer.keep[0, 30:], inner.keep[0])
     assert torch.equal(policies_[0].sparsity, policies_[1].sparsity)
@@ -384,7 +465,7 @@ def test_hidden_tokens_count_for_nothing() -> None:
 def test_full_without_windows_touches_nothing() -> None:
     policy = begun(replace(SMALL, policy="full", max_tokens=32), 2, 1)
     assert policy.decay is None
-    assert policy.round([layer([steep(99)]), layer([steep(99)], index=1, window=100)]) == [None, None]
+    assert hold_round(policy, [layer([steep(99)]), layer([steep(99)], window=100)]) == [None, None]
     assert (policy.thresholds == NEVER).all() and policy.sparsity.isnan().all()
 
 
@@ -396,8 +477,8 @@ def test_literal_batch_shares_one_keep_set() -> None:
     loud = [0.0] * 8 + [500.0] * 4 + [0.0] * 12
     quiet = [0.0] * 4 + [5.0] * 4 + [0.0] * 8
     literal = replace(SMALL, paper_literal=True, recent_ratio=0.1, sink_tokens=0, segments=6)
-    own = chosen(begun(replace(literal, paper_literal=False), 1, 2).round([layer([loud, quiet])])[0]).keep
-    shared = chosen(begun(literal, 1, 2).round([layer([loud, quiet])])[0]).keep
+    own = chosen(hold_round(begun(replace(literal, paper_literal=False), 1, 2), [layer([loud, quiet])])[0]).keep
+    shared = chosen(hold_round(begun(literal, 1, 2), [layer([loud, quiet])])[0]).keep
     assert own[0, 8:12].all() and own[1, 4:8].all()
     assert shared[0, 8:12].all() and not shared[1, 4:8].any()
     assert torch.equal(shared[0, 8:], shared[1, :16])  # the same columns, counted from the newest token
@@ -409,8 +490,8 @@ def test_literal_rows_that_are_done_do_not_vote() -> None:
     quiet = [0.0] * 4 + [5.0] * 4 + [0.0] * 8
     config = replace(SMALL, paper_literal=True)
     policy = begun(config, 1, 2)
-    selection = chosen(policy.round([layer([loud, quiet], active=[False, True])])[0])
-    alone = chosen(begun(config, 1, 1).round([layer([quiet])])[0])
+    selection = chosen(hold_round(policy, [layer([loud, quiet], active=[False, True])])[0])
+    alone = chosen(hold_round(begun(config, 1, 1), [layer([quiet])])[0])
     assert selection.keep[0].all()
     assert torch.equal(selection.keep[1, :16], alone.keep[0]) and not alone.keep.all()
 
@@ -418,14 +499,14 @@ def test_literal_rows_that_are_done_do_not_vote() -> None:
 def test_literal_sparsity_is_that_of_the_sum() -> None:
     """Two rows that are each sparse add up to flat scores."""
     policy = begun(replace(SMALL, paper_literal=True), 1, 2)
-    policy.round([layer([[1.0, 0.0] * 8, [0.0, 1.0] * 8])])
+    hold_round(policy, [layer([[1.0, 0.0] * 8, [0.0, 1.0] * 8])])
     assert policy.sparsity.tolist() == [[0.0, 0.0]]
 
 
 def test_literal_thresholds_follow_the_longest_row() -> None:
     policy = begun(replace(SMALL, paper_literal=True), 1, 3)
-    assert policy.round([layer([flat(8), flat(15), flat(40)], active=[True, True, False])]) == [None]
-    policy.round([layer([flat(8), flat(16), flat(40)], active=[True, True, False])])
+    assert hold_round(policy, [layer([flat(8), flat(15), flat(40)], active=[True, True, False])]) == [None]
+    hold_round(policy, [layer([flat(8), flat(16), flat(40)], active=[True, True, False])])
     assert policy.thresholds.tolist() == [[32, 32, 16]]
 
 

@@ -1,0 +1,453 @@
+"""Cached attention of one new token a row, in Triton: append, attend over the paged cache, and score its slots.
+
+Two launches. `_attend` streams keys and values once; `_score` turns the probabilities that it left behind, relative to
+running maxima, into exact ones, now that every row's log-sum-exp is known. The truth is `attention.reference`.
+
+Work is shared out in blocks of slots, so that any mix of lengths keeps every multiprocessor equally busy: the blocks of
+all (row, KV head) items stand in one line, and each program takes an equal run of it. A run may end inside an item;
+whoever finishes an item last combines its parts, in order, so the result does not depend on who that is. The grid
+depends on the device alone and lengths are read on the device: a captured CUDA graph stays valid while a cache grows
+and shrinks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+_FLOOR = tl.constexpr(-1.0e30)  # a running maximum before anything was seen: finite, so that differences are no NaN
+
+
+@triton.jit
+def tanh(x):
+    """tanh in float32; `tl` has none, and libdevice's does not run in the interpreter."""
+    return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+
+
+@triton.jit
+def dot(a, b, UPCAST: tl.constexpr):
+    if UPCAST:  # the interpreter multiplies bfloat16 wrong; float32 tensors must not be rounded to TF32
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b)
+
+
+@triton.jit
+def page_ids(table, block, length, n, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Pages of a block's slots: one where a page holds whole blocks, else [BLOCK]; 0, which exists, beyond `length`."""
+    slot = block * BLOCK
+    if PAGE % BLOCK != 0:
+        slot += n
+    return tl.load(table + slot // PAGE, mask=slot < length, other=0)
+
+
+@triton.jit
+def _attend(
+    query,  # [rows, heads, 1, k_dim]
+    key,  # [rows, kv_heads, 1, k_dim]
+    value,  # [rows, kv_heads, 1, v_dim]
+    k_pages,
+    v_pages,
+    slot_position,
+    page_table,
+    length,
+    positions,
+    new_lengths,
+    sinks,
+    out,  # [rows, heads, v_dim]
+    weight,  # [rows, kv_heads, capacity, G] exp2(score - block_max), in the dtype that probabilities are kept in
+    block_max,  # [rows, kv_heads, capacity / BLOCK, G] float32 running maximum that a block's weights are relative to
+    lse,  # [rows, heads] float32, base 2
+    part_out,  # [programs + items, G, v_dim] float32
+    part_stat,  # [programs + items, 2, G] float32: maximum and sum
+    counter,  # [1 + items] int32, zero before and after
+    rows,
+    capacity,
+    table_stride,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    position_row,
+    k_page,
+    k_page_head,
+    v_page,
+    v_page_head,
+    SCALE: tl.constexpr,  # times log2(e) where there is no softcap
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    SCORED: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,  # a power of two >= rows
+    BLOCK: tl.constexpr,
+    M: tl.constexpr,  # a power of two >= max(16, GROUP)
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LEAST: tl.constexpr,
+    UPCAST: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    each = tl.arange(0, ROWS)
+    lengths = tl.load(length + each, mask=each < rows, other=0)
+    added = tl.load(new_lengths + each, mask=each < rows, other=0)
+    blocks = tl.where(added > 0, tl.maximum((lengths + BLOCK - 1) // BLOCK, 1), 0)
+    ends = tl.cumsum(blocks, 0) * KV_HEADS
+    total = tl.sum(blocks, 0) * KV_HEADS
+    share = tl.maximum((total + programs - 1) // programs, LEAST)
+
+    m, d, e, n = tl.arange(0, M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK)
+    in_group, in_k, in_v = m < GROUP, d < K_DIM, e < V_DIM
+    for row in tl.range(program, rows, programs, num_stages=1):  # rows that take no part give zeros
+        if tl.load(new_lengths + row) == 0:
+            for head in tl.range(0, KV_HEADS, num_stages=1):
+                idle = out + (row * KV_HEADS * GROUP + (head * GROUP + m)[:, None]) * V_DIM + e[None, :]
+                nothing = tl.zeros([M, BLOCK_V], out.dtype.element_ty)
+                tl.store(idle, nothing, mask=in_group[:, None] & in_v[None, :])
+    at = program * share
+    stop = tl.minimum(at + share, total)
+    while at < stop:
+        row = tl.sum((ends <= at).to(tl.int32), 0)
+        here = each == row
+        item_blocks = tl.sum(tl.where(here, blocks, 0), 0)
+        row_start = tl.sum(tl.where(here, ends - blocks * KV_HEADS, 0), 0)
+        old = tl.sum(tl.where(here, lengths, 0), 0)
+        head = (at - row_start) // item_blocks
+        item = row * KV_HEADS + head
+        item_start = row_start + head * item_blocks
+        first = at - item_start
+        last = tl.minimum(item_blocks, first + stop - at)
+
+        q_at = query + row.to(tl.int64) * q_row + (head * GROUP + m)[:, None] * q_head + d[None, :]
+        q = tl.load(q_at, mask=in_group[:, None] & in_k[None, :], other=0.0)
+        now = tl.load(positions + row * position_row)
+        table = page_table + row.to(tl.int64) * table_stride
+        weight_at = weight + item.to(tl.int64) * capacity * GROUP
+        max_at = block_max + item.to(tl.int64) * (capacity // BLOCK) * GROUP
+
+        top = tl.full([M], _FLOOR, tl.float32)
+        mass = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, BLOCK_V], tl.float32)
+
+        pages = page_ids(table, first, old, n, PAGE, BLOCK)
+        for block in tl.range(first, last, num_stages=STAGES):
+            slot = block * BLOCK + n
+            live = slot < old
+            page, offset = pages.to(tl.int64), slot % PAGE
+            pages = page_ids(table, block + 1, old, n, PAGE, BLOCK)  # one block ahead, or loads could not overlap
+            k_at = k_pages + (page * k_page + head * k_page_head) + offset * K_DIM
+            v_at = v_pages + (page * v_page + head * v_page_head) + offset * V_DIM
+            if K_DIM == BLOCK_K:  # what lies beyond the length is masked as a score
+                k = tl.load(k_at[None, :] + d[:, None])
+            else:
+                k = tl.load(k_at[None, :] + d[:, None], mask=in_k[:, None], other=0.0)
+            s = dot(q, k, UPCAST) * SCALE  # [M, BLOCK]
+            if SOFTCAP is not None:
+                s = tanh(s / SOFTCAP) * (SOFTCAP * LOG2E)
+            if WINDOW is not None:
+                stored = tl.load(slot_position + page * PAGE + offset, mask=live, other=0)
+                live = live & (now - stored < WINDOW)
+            s = tl.where(live[None, :], s, float("-inf"))
+            higher = tl.maximum(top, tl.max(s, 1))
+            p = tl.exp2(s - higher[:, None])
+            fade = tl.exp2(top - higher)
+            mass = mass * fade + tl.sum(p, 1)
+            filled = (slot < old)[:, None]  # zero weights would not silence a NaN
+            if V_DIM != BLOCK_V:
+                filled = filled & in_v[None, :]
+            v = tl.load(v_at[:, None] + e[None, :], mask=filled, other=0.0)
+            acc = acc * fade[:, None] + dot(p.to(v.dtype), v, UPCAST)
+            top = higher
+            if SCORED:
+                w_at = weight_at + (slot[None, :] * GROUP + m[:, None])
+                tl.store(w_at, p.to(weight.dtype.element_ty), mask=in_group[:, None] & (slot < old)[None, :])
+                tl.store(max_at + block * GROUP + m, top, mask=in_group)
+
+        if last == item_blocks:  # the new token, from registers: nothing has to be written before it is read
+            row_page = tl.load(table + old // PAGE).to(tl.int64)
+            k_new = tl.load(key + row.to(tl.int64) * k_row + head * k_head + d, mask=in_k, other=0.0)
+            v_new = tl.load(value + row.to(tl.int64) * v_row + head * v_head + e, mask=in_v, other=0.0)
+            k_to = k_pages + row_page * k_page + head * k_page_head + (old % PAGE) * K_DIM + d
+            v_to = v_pages + row_page * v_page + head * v_page_head + (old % PAGE) * V_DIM + e
+            tl.store(k_to, k_new, mask=in_k)
+            tl.store(v_to, v_new, mask=in_v)
+            if head == 0:
+                tl.store(slot_position + row_page * PAGE + old % PAGE, now.to(tl.int32))
+            s_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * SCALE
+            if SOFTCAP is not None:
+                s_new = tanh(s_new / SOFTCAP) * (SOFTCAP * LOG2E)
+            higher = tl.maximum(top, s_new)
+            p_new = tl.exp2(s_new - higher)
+            fade = tl.exp2(top - higher)
+            mass = mass * fade + p_new
+            acc = acc * fade[:, None] + p_new[:, None] * v_new.to(tl.float32)[None, :]
+            top = higher
+            if SCORED:  # the score itself, kept with the log-sum-exp
+                tl.store(lse + (rows + row) * KV_HEADS * GROUP + head * GROUP + m, s_new, mask=in_group)
+
+        begun, ended = item_start // share, (item_start + item_blocks - 1) // share  # programs that have a part
+        part = (program + item).to(tl.int64)  # unique: each step along the line advances at least one of the two
+        done = begun == ended
+        if not done:
+            stat_at = part_stat + part * (2 * M) + m
+            tl.store(stat_at, top)
+            tl.store(stat_at + M, mass)
+            tl.store(part_out + part * (M * BLOCK_V) + m[:, None] * BLOCK_V + e[None, :], acc)
+            tl.debug_barrier()  # every thread's stores, before the one atomic that publishes them
+            done = tl.atomic_add(counter + 1 + item, 1, sem="acq_rel") == ended - begun
+            if done:
+                tl.store(counter + 1 + item, 0)
+                top = tl.full([M], _FLOOR, tl.float32)
+                mass = tl.zeros([M], tl.float32)
+                acc = tl.zeros([M, BLOCK_V], tl.float32)
+                for other in tl.range(begun, ended + 1, num_stages=1):
+                    part = (other + item).to(tl.int64)
+                    part_top = tl.load(part_stat + part * (2 * M) + m, cache_modifier=".cg")
+                    part_mass = tl.load(part_stat + part * (2 * M) + M + m, cache_modifier=".cg")
+                    part_at = part_out + part * (M * BLOCK_V) + m[:, None] * BLOCK_V + e[None, :]
+                    part_acc = tl.load(part_at, cache_modifier=".cg")
+                    higher = tl.maximum(top, part_top)
+                    fade, gain = tl.exp2(top - higher), tl.exp2(part_top - higher)
+                    mass = mass * fade + part_mass * gain
+                    acc = acc * fade[:, None] + part_acc * gain[:, None]
+                    top = higher
+        if done:
+            if SINKS:
+                sink = tl.load(sinks + head * GROUP + m, mask=in_group, other=0.0).to(tl.float32) * LOG2E
+                higher = tl.maximum(top, sink)
+                fade = tl.exp2(top - higher)
+                mass = mass * fade + tl.exp2(sink - higher)
+                acc = acc * fade[:, None]
+                top = higher
+            result = acc / mass[:, None]
+            out_at = out + (row.to(tl.int64) * KV_HEADS * GROUP + (head * GROUP + m)[:, None]) * V_DIM + e[None, :]
+            tl.store(out_at, result.to(out.dtype.element_ty), mask=in_group[:, None] & in_v[None, :])
+            if SCORED:
+                lse_at = lse + row * KV_HEADS * GROUP + head * GROUP + m
+                tl.store(lse_at, top + tl.log2(mass), mask=in_group)
+        at += last - first
+
+    # Whoever leaves last advances the lengths: by then everyone has read them.
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1:
+        tl.store(counter, 0)
+        tl.store(length + each, lengths + added, mask=(each < rows) & (added > 0))
+
+
+@triton.jit
+def _score(
+    weight,
+    block_max,
+    lse,
+    slot_mass,
+    page_table,
+    length,  # already advanced
+    new_lengths,
+    rows,
+    capacity,
+    table_stride,
+    DECAY: tl.constexpr,
+    PEAK: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,  # of `_attend`
+    SLOTS: tl.constexpr,  # of this kernel
+    G: tl.constexpr,  # a power of two >= GROUP
+):
+    row, start = tl.program_id(1), tl.program_id(0) * SLOTS
+    added = tl.load(new_lengths + row)
+    old = tl.load(length + row) - added
+    if (added > 0) & (start <= old):
+        slot, g = start + tl.arange(0, SLOTS), tl.arange(0, G)
+        in_group = g < GROUP
+        page = tl.load(page_table + row.to(tl.int64) * table_stride + slot // PAGE, mask=slot <= old, other=0)
+        mass_at = slot_mass + page.to(tl.int64) * PAGE + slot % PAGE
+        before = tl.load(mass_at, mask=slot < old, other=0.0)
+        seen = tl.zeros([SLOTS], tl.float32)
+        for head in tl.static_range(KV_HEADS):
+            item = (row * KV_HEADS + head).to(tl.int64)
+            total = tl.load(lse + item * GROUP + g, mask=in_group, other=0.0)
+            new = tl.load(lse + (rows * KV_HEADS + item) * GROUP + g, mask=in_group, other=float("-inf"))
+            valid = (slot < old)[:, None] & in_group[None, :]
+            w_at = weight + item * capacity * GROUP + (slot[:, None] * GROUP + g[None, :])
+            w = tl.load(w_at, mask=valid, other=0.0).to(tl.float32)
+            m_at = block_max + (item * (capacity // BLOCK) + slot // BLOCK)[:, None] * GROUP + g[None, :]
+            top = tl.load(m_at, mask=valid, other=float("-inf"))
+            p = tl.where((slot == old)[:, None], tl.exp2(new - total)[None, :], w * tl.exp2(top - total[None, :]))
+            p = tl.where(in_group[None, :], p, 0.0)
+            seen = tl.maximum(seen, tl.max(p, 1)) if PEAK else seen + tl.sum(p, 1)
+        faded = before * DECAY
+        tl.store(mass_at, tl.maximum(faded, seen) if PEAK else faded + seen, mask=slot <= old)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How `_attend` is launched: slots a block, programs a multiprocessor, warps a program, blocks in flight."""
+
+    block: int
+    programs: int
+    warps: int
+    stages: int
+    least: int = 2  # blocks a program takes at least
+
+
+def tuning(k_dim: int, v_dim: int, itemsize: int, page: int) -> Tuning:
+    """The fastest of those tried on an H100 with heads of 128 in half precision; others get blocks of as many bytes."""
+    token = (triton.next_power_of_2(k_dim) + triton.next_power_of_2(v_dim)) * itemsize
+    scale = max(1, token * (2 if itemsize > 2 else 1) // 512)  # float32 products take registers
+    if page >= 64:
+        if token < 512:
+            return Tuning(64, programs=2, warps=4, stages=3)
+        return Tuning(max(16, 64 // scale), programs=1, warps=8, stages=4 if scale <= 4 else 2)
+    if itemsize > 2:
+        return Tuning(32 if token <= 1024 else 16, programs=1, warps=4, stages=3 if token <= 1024 else 2)
+    return Tuning(max(16, 32 // scale), programs=2, warps=8, stages=4 if scale <= 2 else 2)
+
+
+_workspaces: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counter(device: torch.device, items: int) -> Tensor:
+    """[1 + items] zeros that every launch leaves zero; kept for good, since captured graphs hold their address."""
+    size = triton.next_power_of_2(1 + items)
+    if (device, size) not in _workspaces:
+        _workspaces[device, size] = torch.zeros(size, dtype=torch.int32, device=device)
+    return _workspaces[device, size]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_position: Tensor,
+    slot_mass: Tensor,
+    page_table: Tensor,
+    length: Tensor,
+    positions: Tensor,
+    new_lengths: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    decay: float | None = None,
+    peak: bool = False,
+    tune: Tuning | None = None,
+) -> Tensor:
+    """Shapes, effects and result as `attention.reference.attention` with T = 1; the last dimension is contiguous.
+
+    A query's position is at least that of every retained key, as it is while decoding. One stream of a device at a
+    time: launches share a workspace. Scores of a half-precision model come from probabilities kept with 11 bits.
+    """
+    rows, heads, _, k_dim = query.shape
+    kv_heads, page, v_dim = k_pages.shape[1], k_pages.shape[2], v_pages.shape[3]
+    group, items = heads // kv_heads, rows * kv_heads
+    device, interpreted = query.device, not query.is_cuda
+    tune = tune or tuning(k_dim, v_dim, query.element_size(), page)
+    block, m, block_v = tune.block, max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(v_dim))
+    programs = tune.programs * (2 if interpreted else torch.cuda.get_device_properties(device).multi_processor_count)
+    capacity = -(-page_table.shape[1] * page // block) * block
+
+    scored = decay is not None
+    exact = query.dtype == torch.float32
+    float32 = partial(torch.empty, dtype=torch.float32, device=device)
+    out = torch.empty(rows, heads, 1, v_dim, dtype=query.dtype, device=device)
+    slots = items * capacity if scored else 0
+    weight = torch.empty(slots * group, dtype=torch.float32 if exact else torch.float16, device=device)
+    block_max = float32(slots // block * group)
+    lse = float32(2, rows, heads)
+    part_out = float32(programs + items, m, block_v)
+    part_stat = float32(programs + items, 2, m)
+    _attend[(programs,)](
+        query,
+        key,
+        value,
+        k_pages,
+        v_pages,
+        slot_position,
+        page_table,
+        length,
+        positions,
+        new_lengths,
+        sinks,
+        out,
+        weight,
+        block_max,
+        lse,
+        part_out,
+        part_stat,
+        _counter(device, items),
+        rows,
+        capacity,
+        page_table.stride(0),
+        query.stride(0),
+        query.stride(1),
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        positions.stride(0),
+        k_pages.stride(0),
+        k_pages.stride(1),
+        v_pages.stride(0),
+        v_pages.stride(1),
+        SCALE=scale if softcap is not None else scale * LOG2E.value,
+        SOFTCAP=softcap,
+        WINDOW=window,
+        SINKS=sinks is not None,
+        SCORED=scored,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        K_DIM=k_dim,
+        V_DIM=v_dim,
+        PAGE=page,
+        ROWS=triton.next_power_of_2(rows),
+        BLOCK=block,
+        M=m,
+        BLOCK_K=max(16, triton.next_power_of_2(k_dim)),
+        BLOCK_V=block_v,
+        LEAST=tune.least,
+        UPCAST=exact or interpreted,
+        STAGES=tune.stages,
+        num_warps=tune.warps,
+        num_stages=tune.stages,
+    )
+    if decay is not None:
+        span = 128
+        _score[(triton.cdiv(capacity, span), rows)](
+            weight,
+            block_max,
+            lse,
+            slot_mass,
+            page_table,
+            length,
+            new_lengths,
+            rows,
+            capacity,
+            page_table.stride(0),
+            DECAY=decay,
+            PEAK=peak,
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            PAGE=page,
+            BLOCK=block,
+            SLOTS=span,
+            G=triton.next_power_of_2(group),
+            num_warps=4,
+        )
+    return out

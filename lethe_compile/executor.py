@@ -1,0 +1,223 @@
+"""Runs a rewritten graph: span by span around its attention ops, compiled by Inductor, and captured as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, fx
+
+from lethe_compile.errors import ConfigError
+from lethe_compile.passes.outline import Outline, Span, outline
+from lethe_compile.passes.program import Program, attribute, same_size, shape_of
+
+BACKENDS = ("auto", "eager", "inductor", "cudagraphs")
+
+
+def choose_backend(asked: str, device: torch.device) -> tuple[str, str]:
+    """The backend that runs, and why, in words for the report.
+
+    Raises:
+        ConfigError: an unknown name, or one that this device cannot run.
+    """
+    if asked not in BACKENDS:
+        raise ConfigError(f"backend={asked!r} is not allowed: must be one of {', '.join(BACKENDS)}")
+    cuda = device.type == "cuda"
+    if asked == "cudagraphs" and not cuda:
+        raise ConfigError(f"backend='cudagraphs' needs a CUDA device, and the model is on {device}")
+    if asked != "auto":
+        return asked, "asked for"
+    if not cuda:
+        kernels = "CPU kernels" if device.type == "cpu" else "reference kernels"
+        return "eager", f"{kernels} on {device}"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "eager", "Triton is not installed: reference kernels"
+    return "cudagraphs", "Triton kernels, Inductor between them, decode steps replayed as CUDA graphs"
+
+
+class Executor:
+    """A program as a function ``(ids, positions, new_lengths, cache state) -> logits``.
+
+    With `compiled`, each distinct region between attention ops goes through Inductor once, whatever the number of
+    layers: batch and tokens are dynamic, a single token is a variant of its own.
+    """
+
+    def __init__(self, program: Program, compiled: bool) -> None:
+        self.outline: Outline = outline(program)
+        self.graphs: WeakSet[DecodeGraph] = WeakSet()
+        self._program, self.compiled = program, compiled
+        self._placeholders = program.placeholders()
+        self._tokens = shape_of(program.input_ids)[1]
+        self._rows = shape_of(program.input_ids)[0]
+        self._regions: list[Callable[..., tuple[Any, ...]]] = [self._region(module) for module in self.outline.regions]
+        self._weights = {
+            node: attribute(program.module, str(node.target))
+            for span in self.outline.spans
+            for node in (*span.inputs, *self._operands)
+            if node.op == "get_attr"
+        }
+        self._last_use = self._lifetimes()
+        self._output: fx.Node = program.graph.output_node().args[0]  # type: ignore[assignment]
+        self._narrow = self._narrowed(self.outline.spans[-1])
+
+    def interpreted(self) -> Executor:
+        """The same program, its regions run node by node."""
+        return self if not self.compiled else Executor(self._program, compiled=False)
+
+    @property
+    def _operands(self) -> list[fx.Node]:
+        return [n for node in self.outline.attentions for n in node.all_input_nodes]
+
+    def _region(self, module: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
+        if not self.compiled:
+            return module
+        compiled: Callable[..., tuple[Any, ...]] = torch.compile(module, dynamic=False, fullgraph=True)
+        return compiled
+
+    def run(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        new_lengths: Tensor,
+        state: Mapping[str, Tensor],
+        last: Tensor | None = None,
+    ) -> Tensor:
+        """Logits ``[rows, T, vocab]`` of right-padded ids ``[rows, T]`` at logical positions ``[rows, T]``.
+
+        `new_lengths` is ``[rows]`` int32, `state` as `KVCache.inputs`. With `last` ``[rows]``, the column of each row's
+        last token, what follows the last attention is computed for those alone: ``[rows, 1, vocab]``. `verify` has seen
+        that nothing there mixes tokens.
+        """
+        ids, positions = ids.contiguous(), positions.contiguous()  # so that one compiled region serves every batch
+        given = {"input_ids": ids, "positions": positions, "new_lengths": new_lengths, **state}
+        values: dict[fx.Node, Any] = {**self._weights, **{n: given[str(n.target)] for n in self._placeholders}}
+        attentions = self.outline.attentions
+        for index, span in enumerate(self.outline.spans):
+            final = index == len(attentions)
+            if final and last is not None and self._narrow is not None:
+                for node, dim in self._narrow:
+                    values[node] = _at(values[node], dim, last)
+            self._call(span, values)
+            if not final:
+                node = attentions[index]
+                args = fx.node.map_arg(node.args, values.__getitem__)
+                values[node] = node.target(*args)  # type: ignore[operator]
+            for dead in self._last_use[index]:
+                del values[dead]
+        logits: Tensor = values[self._output]
+        if last is not None and self._narrow is None:
+            logits = _at(logits, 1, last)
+        return logits
+
+    def _call(self, span: Span, values: dict[fx.Node, Any]) -> None:
+        if not span.outputs:
+            return
+        args = [values[node] for node in span.inputs]
+        if self.compiled:
+            for node, value in zip(span.inputs, args, strict=True):
+                if node.op != "get_attr":
+                    self._mark(node, value)
+        for node, value in zip(span.outputs, self._regions[span.region](*args), strict=True):
+            values[node] = value
+
+    def _mark(self, node: fx.Node, value: Tensor) -> None:
+        for dim, size in enumerate(shape_of(node)):
+            if value.shape[dim] > 1 and not isinstance(size, int):
+                torch._dynamo.maybe_mark_dynamic(value, dim)
+
+    def _lifetimes(self) -> list[list[fx.Node]]:
+        """Values, weights apart, that nothing needs after span and attention `index`."""
+        last: dict[fx.Node, int] = {}
+        for index, span in enumerate(self.outline.spans):
+            last.update(dict.fromkeys((*span.inputs, *span.outputs), index))
+            if index < len(self.outline.attentions):
+                node = self.outline.attentions[index]
+                last.update(dict.fromkeys((node, *node.all_input_nodes), index))
+        final = len(self.outline.spans) - 1
+        dead: list[list[fx.Node]] = [[] for _ in self.outline.spans]
+        for node, index in last.items():
+            if node.op == "call_function" and index < final:
+                dead[index].append(node)
+        return dead
+
+    def _narrowed(self, span: Span) -> list[tuple[fx.Node, int]] | None:
+        """Which dimension of the last span's inputs counts tokens; None where tokens hide in a product of sizes."""
+        found = []
+        for node in span.inputs:
+            if node.op == "get_attr":
+                continue
+            dims = [dim for dim, size in enumerate(shape_of(node)) if same_size(size, self._tokens)]
+            others = [s for s in shape_of(node) if not isinstance(s, int) and not same_size(s, self._tokens)]
+            if len(dims) > 1 or any(not same_size(size, self._rows) for size in others):
+                return None
+            if dims:
+                if not same_size(shape_of(node)[0], self._rows):
+                    return None
+                found.append((node, dims[0]))
+        return found
+
+
+def _at(value: Tensor, dim: int, column: Tensor) -> Tensor:
+    """`value` [rows, …] at one index [rows] of `dim` for each row; the dimension stays, with size 1."""
+    shape = [1] * value.dim()
+    shape[0] = column.shape[0]
+    index = column.view(shape).expand(*(n if d != dim else 1 for d, n in enumerate(value.shape)))
+    return value.gather(dim, index)
+
+
+class DecodeGraph:
+    """One decode step of a fixed number of rows, captured as a CUDA graph and replayed.
+
+    Attributes (static tensors, read and written by the replay):
+        tokens: ``[rows]`` int64, the token each row is fed.
+        active: ``[rows]`` bool, rows that take part.
+        next_position: ``[rows]`` int64, advanced for active rows.
+    """
+
+    def __init__(self, executor: Executor, rows: int, device: torch.device) -> None:
+        self._executor = executor
+        executor.graphs.add(self)
+        self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.active = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.next_position = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._key: tuple[Any, ...] | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+
+    def replay(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Logits ``[rows, vocab]`` float32 of one step, overwritten by the next; captures anew if the state moved."""
+        key = tuple((tensor.data_ptr(), tuple(tensor.shape)) for tensor in state.values())
+        if key != self._key:
+            self._capture(state)
+            self._key = key
+        assert self._graph is not None and self._logits is not None
+        self._graph.replay()
+        return self._logits
+
+    def _step(self, state: Mapping[str, Tensor]) -> Tensor:
+        ids = self.tokens.masked_fill(~self.active, 0)[:, None]
+        new = self.active.to(torch.int32)
+        logits = self._executor.run(ids, self.next_position[:, None], new, state)
+        self.next_position += self.active
+        return logits[:, 0].float()
+
+    def _capture(self, state: Mapping[str, Tensor]) -> None:
+        self._graph = self._logits = None  # frees the memory that the next capture takes
+        active = self.active.clone()
+        self.active.zero_()  # the warm-up, which compiles, appends nothing
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step(state)
+        torch.cuda.current_stream().wait_stream(stream)
+        # Graphs of one model never run at the same time and can share memory. A pool dies with its last graph.
+        pool = next((other._graph.pool() for other in self._executor.graphs if other._graph is not None), None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            self._logits = self._step(state)
+        self._graph = graph
+        self.active.copy_(active)

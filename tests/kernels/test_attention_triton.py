@@ -1,0 +1,242 @@
+"""The GPU's attention kernels against the reference in float64: through the interpreter, on a GPU, and their resources.
+
+Every slot that holds no token is NaN, in all four tensors, and so is what the allocator hands out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lethe_compile.kernels.attention import reference
+from tests.kernels.interpret import run_interpreted
+
+decode = pytest.importorskip("lethe_compile.kernels.decode.triton", reason="Triton is for Linux only")
+prefill = pytest.importorskip("lethe_compile.kernels.prefill.triton", reason="Triton is for Linux only")
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+MASS = 3  # its place among the state's tensors
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bare": {},
+    "sum": {"decay": 0.9},
+    "peak": {"decay": 0.9, "peak": True},
+    "windowed": {"decay": 0.9, "peak": True, "window": 9, "softcap": 3.0, "sinks": True},
+    "capped": {"decay": 0.9, "window": 40, "softcap": 2.0, "sinks": True},
+}
+
+
+@dataclass(frozen=True)
+class Heads:
+    query: int
+    kv: int
+    k_dim: int
+    v_dim: int
+
+
+@dataclass
+class Case:
+    """Operands, and a cache whose rows have lost tokens: positions ascend with gaps."""
+
+    operands: tuple[Tensor, Tensor, Tensor]
+    state: list[Tensor]  # k_pages, v_pages, slot_position, slot_mass
+    table: Tensor
+    length: Tensor
+    positions: Tensor
+    new: Tensor
+    sinks: Tensor
+
+    def run(self, kernel: Callable[..., Tensor], options: dict[str, Any], double: bool = False) -> tuple[Tensor, Case]:
+        """The output of `kernel`, and the case as it leaves it; this one stays as it is."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.double() if double else tensor.clone()
+
+        state = [cast(self.state[0]), cast(self.state[1]), self.state[2].clone(), self.state[MASS].clone()]
+        after = Case(self.operands, state, self.table, self.length.clone(), self.positions, self.new, self.sinks)
+        options = {**options, "sinks": self.sinks if options.get("sinks") else None, "scale": 0.3}
+        tensors = [*map(cast, self.operands), *state, self.table, after.length, self.positions, self.new]
+        return kernel(*tensors, **options), after
+
+    def slots(self, row: int, begin: int = 0) -> tuple[Tensor, Tensor]:
+        """Pages and offsets of the row's tokens from `begin` on."""
+        slot = torch.arange(begin, int(self.length[row]), device=self.table.device)
+        page = self.state[0].shape[2]
+        return self.table[row, slot // page].long(), slot % page
+
+
+def case(heads: Heads, page: int, lengths: list[int], new: list[int], dtype: torch.dtype, device: str = "cpu") -> Case:
+    rows, tokens = len(lengths), max(new)
+    held = [-(-(n + more) // page) for n, more in zip(lengths, new, strict=True)]
+    pages = sum(held) + 3
+    order, table = torch.randperm(pages).int(), torch.zeros(rows, max(held) + 1, dtype=torch.int32)
+    for row, count in enumerate(held):
+        start = sum(held[:row])
+        table[row, :count] = order[start : start + count]
+    state = [
+        torch.full((pages, heads.kv, page, heads.k_dim), torch.nan, dtype=dtype),
+        torch.full((pages, heads.kv, page, heads.v_dim), torch.nan, dtype=dtype),
+        torch.full((pages, page), -7, dtype=torch.int32),
+        torch.full((pages, page), torch.nan),
+    ]
+    for row, count in enumerate(lengths):
+        slot = torch.arange(count)
+        at, offset = table[row, slot // page].long(), slot % page
+        state[0][at, :, offset] = torch.randn(count, heads.kv, heads.k_dim).to(dtype) * 2
+        state[1][at, :, offset] = torch.randn(count, heads.kv, heads.v_dim).to(dtype)
+        state[2][at, offset] = torch.randperm(2 * count + 1)[:count].sort().values.int()
+        state[3][at, offset] = torch.rand(count) * 0.1
+    length = torch.tensor(lengths, dtype=torch.int32)
+    positions = (2 * length.long() + 5)[:, None] + torch.arange(tokens)
+    operands = (
+        torch.randn(rows, heads.query, tokens, heads.k_dim).to(dtype),
+        torch.randn(rows, heads.kv, tokens, heads.k_dim).to(dtype) * 2,
+        torch.randn(rows, tokens, heads.kv, heads.v_dim).to(dtype).transpose(1, 2),  # strided, as a model's are
+    )
+    whole = Case(
+        operands, state, table, length, positions, torch.tensor(new, dtype=torch.int32), torch.randn(heads.query)
+    )
+    for name, value in vars(whole).items():
+        moved = value.to(device) if isinstance(value, Tensor) else type(value)(one.to(device) for one in value)
+        setattr(whole, name, moved)
+    return whole
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Relative; infinite where either is NaN."""
+    difference = float((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+    return difference if difference == difference else float("inf")  # noqa: PLR0124  (NaN)
+
+
+def assert_agrees(kernel: Callable[..., Tensor], given: Case, options: dict[str, Any]) -> None:
+    """Output, stored keys and values, positions, scores, and lengths, against the reference in float64."""
+    dtype = given.operands[0].dtype
+    expected, want = given.run(reference.attention, options, double=True)
+    actual, got = given.run(kernel, options)
+    assert actual.dtype == dtype and actual.shape == expected.shape
+    assert error(actual, expected) < TOLERANCE[dtype]
+    idle = given.new == 0
+    assert not actual[idle].any(), "a row that takes no part gives zeros"
+    assert got.length.tolist() == want.length.tolist()
+    for row in range(len(given.length)):
+        at = want.slots(row)
+        for index in (0, 1):
+            assert torch.equal(got.state[index][at[0], :, at[1]].double(), want.state[index][at[0], :, at[1]])
+        assert torch.equal(got.state[2][at], want.state[2][at])
+        if options.get("decay") is not None and len(at[0]):
+            assert error(got.state[MASS][at], want.state[MASS][at]) < TOLERANCE[dtype]
+
+
+SHAPES = [Heads(4, 2, 16, 16), Heads(6, 2, 24, 40), Heads(7, 1, 16, 8)]
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("page", [4, 16, 64])
+@pytest.mark.parametrize("heads", SHAPES, ids=str)
+def test_decode(heads: Heads, page: int, options: dict[str, Any]) -> None:
+    assert_agrees(decode.attention, case(heads, page, [33, 0, 81], [1, 1, 1], torch.float32), options)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_decode_in_half_precision(dtype: torch.dtype) -> None:
+    for options in OPTIONS.values():
+        assert_agrees(decode.attention, case(SHAPES[1], 16, [70, 5, 16], [1, 0, 1], dtype), options)
+
+
+@pytest.mark.interpreted
+def test_decode_of_rows_that_share_programs() -> None:
+    """More items than programs, and items that several programs share."""
+    assert_agrees(decode.attention, case(SHAPES[0], 16, [3] * 9, [1] * 9, torch.float32), OPTIONS["peak"])
+    assert_agrees(decode.attention, case(SHAPES[2], 64, [900, 1], [1, 1], torch.float32), OPTIONS["sum"])
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("lengths", [[0, 0, 0], [0, 9, 50]], ids=["prefill", "extension"])
+def test_prefill(lengths: list[int], options: dict[str, Any]) -> None:
+    for heads, page in zip(SHAPES, (4, 16, 64), strict=True):
+        assert_agrees(prefill.attention, case(heads, page, lengths, [70, 0, 33], torch.float32), options)
+
+
+def test_through_the_interpreter() -> None:
+    run_interpreted(__file__)
+
+
+BIG = [Heads(32, 8, 128, 128), Heads(14, 2, 80, 80), Heads(8, 8, 96, 64), Heads(16, 1, 256, 256), Heads(28, 4, 112, 64)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("heads", BIG, ids=str)
+def test_gpu_decode(heads: Heads, dtype: torch.dtype) -> None:
+    for page, options in zip((16, 64, 64, 256, 16), OPTIONS.values(), strict=True):
+        given = case(heads, page, [1500, 0, 3, 640, 64], [1, 1, 0, 1, 1], dtype, "cuda")
+        assert_agrees(decode.attention, given, options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("heads", BIG, ids=str)
+def test_gpu_prefill(heads: Heads, dtype: torch.dtype) -> None:
+    for page, options in zip((16, 64, 64, 256, 16), OPTIONS.values(), strict=True):
+        assert_agrees(prefill.attention, case(heads, page, [0, 300, 77], [333, 0, 128], dtype, "cuda"), options)
+
+
+@pytest.mark.gpu
+def test_gpu_decode_of_131072_tokens() -> None:
+    given = case(BIG[0], 64, [131_072, 1], [1, 1], torch.bfloat16, "cuda")
+    assert_agrees(decode.attention, given, {"decay": 0.9})
+
+
+@pytest.mark.gpu
+def test_gpu_mass_is_conserved() -> None:
+    """Each query gives each head a probability of one."""
+    for kernel, tokens in ((decode.attention, 1), (prefill.attention, 200)):
+        given = case(BIG[0], 64, [1000, 500], [tokens, tokens], torch.bfloat16, "cuda")
+        for row in range(2):
+            given.state[MASS][given.slots(row)] = 0
+        _, after = given.run(kernel, {"decay": 0.5})
+        for row in range(2):
+            assert float(after.state[MASS][after.slots(row)].sum()) == pytest.approx(32 * tokens, rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_gpu_bits_repeat() -> None:
+    given = case(BIG[0], 64, [5000, 17, 900], [1, 1, 1], torch.bfloat16, "cuda")
+    runs = [given.run(decode.attention, {"decay": 0.9}) for _ in range(20)]
+    for out, after in runs[1:]:
+        assert torch.equal(out, runs[0][0])
+        for row in range(3):
+            assert torch.equal(after.state[MASS][after.slots(row)], runs[0][1].state[MASS][after.slots(row)])
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(("dim", "group", "page"), [(64, 4, 64), (128, 4, 64), (128, 8, 16), (80, 7, 16), (256, 1, 64)])
+def test_decode_on_hopper(dtype: str, dim: int, group: int, page: int, tmp_path: Path) -> None:
+    """It compiles for sm_90 without spilling, and its blocks in flight fit."""
+    from tests.kernels.resources import resources
+
+    tune = decode.tuning(dim, dim, 4 if dtype == "fp32" else 2, page)
+    block = max(16, 1 << (dim - 1).bit_length())
+    floats = ("block_max", "lse", "part_out", "part_stat")
+    ints = ("slot_position", "page_table", "length", "new_lengths", "counter")
+    types = dict.fromkeys(("query", "key", "value", "k_pages", "v_pages", "out"), f"*{dtype}")
+    types |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(ints, "*i32") | {"positions": "*i64"}
+    types["weight"] = "*fp32" if dtype == "fp32" else "*fp16"
+    scalars = [p.name for p in decode._attend.params if not p.is_constexpr and p.name not in (*types, "sinks")]
+    arguments: dict[str, Any] = {**types, **dict.fromkeys(scalars, "i32"), "sinks": "*fp32"}
+    arguments |= {"SCALE": 0.1, "SOFTCAP": None, "WINDOW": None, "SINKS": False, "SCORED": True, "KV_HEADS": 8}
+    arguments |= {"GROUP": group, "K_DIM": dim, "V_DIM": dim, "PAGE": page, "ROWS": 16, "BLOCK": tune.block, "M": 16}
+    arguments |= {"BLOCK_K": block, "BLOCK_V": block, "LEAST": 2, "UPCAST": dtype == "fp32", "STAGES": tune.stages}
+    strides = [name for name in scalars if name not in ("rows", "position_row")]
+    launch = {"num_warps": tune.warps, "num_stages": tune.stages, "multiples": strides}
+    used = resources(decode._attend, arguments, tmp_path, **launch)
+    assert used.spilled <= (8 if dtype == "fp32" else 0), used  # two registers, in a precision that no one serves in
+    assert used.shared * tune.programs <= 227 * 1024, used

@@ -1,0 +1,136 @@
+"""The eviction oracle: the original model, with a full cache and masks that hide what was evicted, agrees.
+
+The rounds' keep-sets are recorded while the optimized model generates. The original then runs once over the whole
+sequence, each layer under its own mask: query i sees key j unless a round before i's step evicted j from that layer.
+Nothing of the compiler takes part in the replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_utils import AttentionInterface
+
+import lethe_compile as lethe
+from lethe_compile.models.plain_decoder import PlainDecoder
+from lethe_compile.runtime import Round
+
+PRUNING = {
+    "lethe": lethe.LetheConfig(
+        sparse_ratio=1.2, segments=8, decay=0.9, prune_threshold=20, prune_interval=5, page_size=4, protect_prompt=False
+    ),
+    "capped": lethe.LetheConfig(
+        sparse_ratio=1e9, decay=0.9, prune_threshold=16, prune_interval=4, max_tokens=24, page_size=8, recent_ratio=0.2
+    ),
+    "literal": lethe.LetheConfig(
+        sparse_ratio=1.05, decay=0.8, score="sum", prune_threshold=18, prune_interval=3, paper_literal=True, page_size=2
+    ),
+}
+
+
+class Recorder:
+    """For each layer and row, by position of an evicted token, the first position whose query does not see it."""
+
+    def __init__(self) -> None:
+        self.evicted: dict[tuple[int, int], dict[int, int]] = {}
+
+    def __call__(self, event: Round) -> None:
+        position, keep, following = event.position.cpu(), event.keep.cpu(), event.next_position.tolist()
+        for row, first in enumerate(following):
+            gone = position[row][(position[row] >= 0) & ~keep[row]].tolist()
+            self.evicted.setdefault((event.layer, row), {}).update(dict.fromkeys(gone, first))
+
+    def visible(self, layer: int, row: int, tokens: int, device: torch.device) -> Tensor:
+        """[tokens, tokens] bool of what evictions leave visible; causality is the model's own business."""
+        query = torch.arange(tokens)
+        mask = torch.ones(tokens, tokens, dtype=torch.bool)
+        for position, first in self.evicted.get((layer, row), {}).items():
+            mask[query >= first, position] = False
+        return mask.to(device)
+
+
+@contextmanager
+def hidden_in_transformers(recorder: Recorder, row: int) -> Iterator[None]:
+    """Every eager attention of transformers also hides what was evicted from its layer."""
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **options: Any
+    ) -> tuple[Tensor, None]:
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        scores = query @ key.transpose(2, 3) * scaling
+        if options.get("softcap"):
+            scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
+        visible = recorder.visible(module.layer_idx, row, query.shape[2], query.device)
+        scores = (scores + mask).masked_fill(~visible, -torch.inf)
+        return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+    AttentionInterface.register("eager", attention)
+    try:
+        yield
+    finally:
+        del AttentionInterface._global_mapping["eager"]
+
+
+@contextmanager
+def hidden_in_sdpa(recorder: Recorder, row: int) -> Iterator[None]:
+    """The n-th scaled_dot_product_attention of a forward hides what was evicted from layer n."""
+    calls = iter(range(10_000))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        tokens = q.shape[2]
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril() if mask is None else mask
+        visible = causal & recorder.visible(next(calls), row, tokens, q.device)
+        return (q @ k.mT * q.shape[3] ** -0.5).masked_fill(~visible, -torch.inf).softmax(-1) @ v
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", attention)
+        yield
+
+
+def generate(model: Any, config: lethe.LetheConfig, new_tokens: int = 60) -> tuple[Any, Any, Recorder, list[int]]:
+    """Optimize and generate from three ragged prompts: (model, output, recorded evictions, prompt lengths)."""
+    fast = lethe.optimize(model, config, verified=False)
+    recorder = Recorder()
+    fast.on_round.append(recorder)
+    ids = torch.randint(3, 97, (3, 23), generator=torch.Generator().manual_seed(3)).to(fast.device)
+    mask = torch.ones_like(ids)
+    mask[0, :9], mask[2, :15] = 0, 0
+    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
+    out = fast.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, eos_token_id=None, **options)
+    return fast, out, recorder, mask.sum(1).tolist()
+
+
+@torch.no_grad()
+def replay(model: Any, ids: Tensor, recorder: Recorder, row: int) -> tuple[Tensor, Tensor]:
+    """Logits [T, vocab] of the original over one row's `ids` [1, T]: evicted tokens hidden, and nothing hidden."""
+    if isinstance(model, PlainDecoder):
+        with hidden_in_sdpa(recorder, row):
+            replayed: Tensor = model(ids)[0]
+        return replayed, model(ids)[0]
+    with hidden_in_transformers(recorder, row):
+        replayed = model(ids).logits[0]
+    return replayed, model(ids).logits[0]
+
+
+def assert_original_agrees(model: Any, config: lethe.LetheConfig, *, tolerance: float, evictions_show: bool) -> None:
+    """Generates from `model` pruned by `config`, and replays every row.
+
+    With `evictions_show` the evictions must change the logits too: without that, agreement proves little.
+    """
+    fast, out, recorder, prompts = generate(model, config)
+    rounds = fast.cache_stats().rounds
+    assert all(min(layer) >= 2 for layer in rounds), "every layer and row must have been pruned repeatedly"
+    logits = torch.stack(out.logits, dim=1)  # [rows, new, vocab]
+    for row, prompt in enumerate(prompts):
+        ids = out.sequences[row : row + 1, -prompt - logits.shape[1] :]
+        expected, full = (one[prompt - 1 : -1] for one in replay(model, ids, recorder, row))
+        torch.testing.assert_close(logits[row], expected, rtol=tolerance, atol=tolerance)
+        if evictions_show:
+            assert (full - expected).abs().max() > 1e-2, "evictions must change the logits to prove anything"

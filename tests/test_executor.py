@@ -1,0 +1,46 @@
+"""Backends: what is chosen, compiled regions against the interpreted graph, and one compilation for all layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lethe_compile as lethe
+from lethe_compile.executor import choose_backend
+from lethe_compile.models.tiny import tiny
+
+
+def test_a_cpu_runs_the_graph_with_its_own_kernels() -> None:
+    backend, reason = choose_backend("auto", torch.device("cpu"))
+    assert backend == "eager" and "CPU kernels" in reason
+
+
+def test_what_cannot_run_is_refused() -> None:
+    with pytest.raises(lethe.ConfigError, match="needs a CUDA device"):
+        choose_backend("cudagraphs", torch.device("cpu"))
+    with pytest.raises(lethe.ConfigError, match="must be one of auto, eager, inductor, cudagraphs"):
+        choose_backend("tvm", torch.device("cpu"))
+
+
+def test_the_report_names_the_backend() -> None:
+    report = lethe.optimize(tiny("llama"), backend="eager", verified=False).report()
+    assert (report.backend, report.backend_reason) == ("eager", "asked for")
+    assert "backend eager (asked for)" in str(report).replace("\n", " ")
+
+
+def test_layers_are_compiled_once_and_tokens_are_the_same() -> None:
+    """Five layers, three regions; the batch, the prompt and the cache then grow without another compilation."""
+    from torch._dynamo.utils import counters
+
+    model = tiny("llama", num_hidden_layers=5)
+    config = lethe.LetheConfig(max_tokens=48, prune_threshold=16, prune_interval=8, page_size=4)
+    eager = lethe.optimize(model, config, backend="eager", verified=False)
+    fast = lethe.optimize(model, config, backend="inductor", verified=False)
+    counters.clear()
+    options = {"do_sample": False, "max_new_tokens": 60, "eos_token_id": None, "pad_token_id": 0}
+    for rows, tokens in ((3, 14), (2, 31), (5, 9)):
+        ids = torch.randint(3, 97, (rows, tokens))
+        assert fast.generate(ids, **options).tolist() == eager.generate(ids, **options).tolist()
+    assert max(map(max, fast.cache_stats().rounds)) > 2, "the cache must have shrunk in between"
+    # First, middle and last region; the first two for a prompt and for a single token.
+    assert counters["stats"]["unique_graphs"] == 5
