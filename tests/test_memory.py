@@ -190,11 +190,13 @@ class Driven:
 
     def __init__(self, fast: lethe.OptimizedModel, config: lethe.LetheConfig, contiguous: bool, seed: int) -> None:
         self.fast, self.generator = fast, torch.Generator().manual_seed(seed)
-        fast.config, fast.policy = config, make_policy(config)
+        fast.config, fast.policy, fast.page_size = config, make_policy(config), config.page_size_on("cpu")
         fast.cache = fast._new_cache() if contiguous else scattered(fast, config)
         fast._run = self.run  # type: ignore[method-assign]
 
-    def run(self, cache: KVCache, ids: Tensor, positions: Tensor, new_lengths: Tensor) -> Tensor:
+    def run(
+        self, cache: KVCache, ids: Tensor, positions: Tensor, new_lengths: Tensor, last: Tensor | None = None
+    ) -> Tensor:
         state = cache.inputs()
         rows, steps = ids.shape
         for layer, geometry in enumerate(self.fast._geometries()):
@@ -209,7 +211,7 @@ class Driven:
             mass.copy_(torch.rand(mass.shape, generator=self.generator) ** 4)
             length += new_lengths
         self.check(cache, state)
-        return torch.zeros(rows, steps, 1)
+        return torch.zeros(rows, steps if last is None else 1, 1)
 
     def check(self, cache: KVCache, state: dict[str, Tensor]) -> None:
         """Each page has one owner, every token lies on a page its row holds, and the limit holds."""
@@ -271,6 +273,7 @@ def test_what_was_admitted_never_runs_out_of_pages(
     saved = dict(vars(model))
     try:
         driven = Driven(model, config, contiguous, seed=len(lengths))
+        assert model.cache.page_size == page
         least = model.policy.least_tokens(np.array(lengths), new_tokens, model._windows)
         model.kv_memory = model.cache.bytes_for(least) + slack
         driven.generate(torch.tensor(lengths), new_tokens, last)

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from lethe_compile.capture import capture
 from lethe_compile.config import LetheConfig
-from lethe_compile.executor import choose_backend
 from lethe_compile.errors import InputError
+from lethe_compile.executor import choose_backend
 from lethe_compile.passes import pipeline
 from lethe_compile.passes.base import run_pipeline
 from lethe_compile.passes.program import Program

@@ -314,7 +314,7 @@ def tuning(k_dim: int, v_dim: int, itemsize: int, page: int) -> Tuning:
         return Tuning(max(16, 64 // scale), programs=1, warps=8, stages=4 if scale <= 4 else 2)
     if itemsize > 2:
         return Tuning(32 if token <= 1024 else 16, programs=1, warps=4, stages=3 if token <= 1024 else 2)
-    return Tuning(max(16, 32 // scale), programs=2, warps=8, stages=4 if scale <= 2 else 2)
+    return Tuning(max(16, 32 // scale), programs=2, warps=4, stages=4 if scale <= 2 else 2)
 
 
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}
