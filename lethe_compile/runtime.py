@@ -145,8 +145,10 @@ class OptimizedModel(nn.Module):
         if self._generating:
             raise InputError("this model is generating already: it has one cache; optimize() again for a second one")
         self._rows = rows
-        prompt_lengths = _padded(prompt_lengths, self._bucket(rows))
         hint = self._admit(prompt_lengths, new_tokens)
+        prompt_lengths = _padded(prompt_lengths, self._bucket(rows))
+        if not isinstance(hint, int):  # rows that fill the bucket hold nothing
+            hint = np.pad(hint, ((0, 0), (0, len(prompt_lengths) - rows)))
         try:
             self.cache.begin(len(prompt_lengths), hint)
         except OutOfPagesError as error:

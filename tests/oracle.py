@@ -94,9 +94,11 @@ def hidden_in_sdpa(recorder: Recorder, row: int) -> Iterator[None]:
         yield
 
 
-def generate(model: Any, config: lethe.LetheConfig, new_tokens: int = 60) -> tuple[Any, Any, Recorder, list[int]]:
+def generate(
+    model: Any, config: lethe.LetheConfig, new_tokens: int = 60, backend: str = "auto"
+) -> tuple[Any, Any, Recorder, list[int]]:
     """Optimize and generate from three ragged prompts: (model, output, recorded evictions, prompt lengths)."""
-    fast = lethe.optimize(model, config, verified=False)
+    fast = lethe.optimize(model, config, verified=False, backend=backend)
     recorder = Recorder()
     fast.on_round.append(recorder)
     ids = torch.randint(3, 97, (3, 23), generator=torch.Generator().manual_seed(3)).to(fast.device)
@@ -119,12 +121,14 @@ def replay(model: Any, ids: Tensor, recorder: Recorder, row: int) -> tuple[Tenso
     return replayed, model(ids).logits[0]
 
 
-def assert_original_agrees(model: Any, config: lethe.LetheConfig, *, tolerance: float, evictions_show: bool) -> None:
+def assert_original_agrees(
+    model: Any, config: lethe.LetheConfig, *, tolerance: float, evictions_show: bool, backend: str = "auto"
+) -> None:
     """Generates from `model` pruned by `config`, and replays every row.
 
     With `evictions_show` the evictions must change the logits too: without that, agreement proves little.
     """
-    fast, out, recorder, prompts = generate(model, config)
+    fast, out, recorder, prompts = generate(model, config, backend=backend)
     rounds = fast.cache_stats().rounds
     assert all(min(layer) >= 2 for layer in rounds), "every layer and row must have been pruned repeatedly"
     logits = torch.stack(out.logits, dim=1)  # [rows, new, vocab]

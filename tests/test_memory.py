@@ -102,6 +102,16 @@ def test_what_cannot_fit_is_refused_before_work(policy: str) -> None:
         assert fast.cache_stats().pressed == 0
 
 
+def test_rows_that_only_fill_a_bucket_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured graphs serve a few batch sizes; admission is about the sequences that there are."""
+    fast = lethe.optimize(tiny("llama"), CONFIG, policy="full", verified=False)
+    monkeypatch.setattr(fast, "_bucket", lambda rows: 8)
+    fast.kv_memory = least_bytes(fast, 3, 12, 60)
+    fast.begin(3, torch.full((3,), 12), 60)
+    assert fast.cache.rows == 8 and fast.cache.pool_bytes <= fast.kv_memory
+    fast.end()
+
+
 def test_lethe_needs_the_prompt_or_its_floor_whatever_is_generated() -> None:
     policy = make_policy(CONFIG)
     few, many = (policy.least_tokens(np.array([3, 50]), new, (None, 7)) for new in (2, 10_000))
@@ -125,7 +135,7 @@ def test_a_generation_under_pressure_ends_and_the_original_agrees() -> None:
     out = fast.generate(prompts(), max_new_tokens=60, eos_token_id=None, **options)
     stats = fast.cache_stats()
     assert stats.pressed > 5 and stats.to_dict()["pressed"] == stats.pressed and "lack of pages" in str(stats)
-    assert max(map(max, stats.retained)) <= FLOOR + CONFIG.page_size
+    assert max(map(max, stats.retained)) <= FLOOR + fast.page_size
     assert fast.cache.stats()["pool_bytes"] <= fast.kv_memory
     logits = torch.stack(out.logits, dim=1)
     for row in range(3):
@@ -182,7 +192,9 @@ def test_a_device_without_memory_for_more_makes_rounds_prune_harder(
 
 def scattered(fast: lethe.OptimizedModel, config: lethe.LetheConfig) -> KVCache:
     """A cache laid out as on a GPU."""
-    return KVCache(fast._geometries(), page_size=config.page_size, dtype=torch.float32, device="cpu", contiguous=False)
+    return KVCache(
+        fast._geometries(), page_size=config.page_size_on("cpu"), dtype=torch.float32, device="cpu", contiguous=False
+    )
 
 
 class Driven:

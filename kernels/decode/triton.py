@@ -307,7 +307,8 @@ class Tuning:
 def tuning(k_dim: int, v_dim: int, itemsize: int, page: int) -> Tuning:
     """The fastest of those tried on an H100 with heads of 128 in half precision; others get blocks of as many bytes."""
     token = (triton.next_power_of_2(k_dim) + triton.next_power_of_2(v_dim)) * itemsize
-    scale = max(1, token * (2 if itemsize > 2 else 1) // 512)  # float32 products take registers
+    # Float32 products take registers. A power of two, as blocks must be: dimensions that differ pad to no such sum.
+    scale = triton.next_power_of_2(max(1, token * (2 if itemsize > 2 else 1) // 512))
     if page >= 64:
         if token < 512:
             return Tuning(64, programs=2, warps=4, stages=3)

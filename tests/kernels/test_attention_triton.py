@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,15 @@ def test_gpu_bits_repeat() -> None:
             assert torch.equal(after.state[MASS][after.slots(row)], runs[0][1].state[MASS][after.slots(row)])
 
 
+def test_blocks_are_powers_of_two_whatever_the_dimensions() -> None:
+    """And they are no larger than a page, or whole pages."""
+    for k_dim, v_dim in product(range(16, 577, 16), repeat=2):
+        for itemsize, page in product((2, 4), (16, 32, 64, 128, 256)):
+            block = decode.tuning(k_dim, v_dim, itemsize, page).block
+            assert block >= 16 and block & (block - 1) == 0, (k_dim, v_dim, itemsize, page, block)
+            assert page % block == 0 or block % page == 0
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize(("dim", "group", "page"), [(64, 4, 64), (128, 4, 64), (128, 8, 16), (80, 7, 16), (256, 1, 64)])
 def test_decode_on_hopper(dtype: str, dim: int, group: int, page: int, tmp_path: Path) -> None:
@@ -238,5 +248,6 @@ def test_decode_on_hopper(dtype: str, dim: int, group: int, page: int, tmp_path:
     strides = [name for name in scalars if name not in ("rows", "position_row")]
     launch = {"num_warps": tune.warps, "num_stages": tune.stages, "multiples": strides}
     used = resources(decode._attend, arguments, tmp_path, **launch)
-    assert used.spilled <= (8 if dtype == "fp32" else 0), used  # two registers, in a precision that no one serves in
+    # Two registers: in a precision no one serves in, and for small pages, where fewer warps are faster all the same.
+    assert used.spilled <= (8 if dtype == "fp32" or page < 64 else 0), used
     assert used.shared * tune.programs <= 227 * 1024, used
