@@ -45,8 +45,10 @@ def attention(
     *,
     scale: float,
     window: int | None = None,
+    chunked: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
     decay: float | None = None,
     peak: bool = False,
 ) -> Tensor:
@@ -70,10 +72,13 @@ def attention(
             block = slice(at * group, upto * group)
             seen = slice(first, first + old + upto)
             if window is not None:
-                outside = torch.searchsorted(position[seen], int(positions[row, at]) - window, right=True)
+                now = int(positions[row, at])
+                outside = torch.searchsorted(position[seen], now // window * window if chunked else now - window + 1)
                 seen = slice(first + int(outside), seen.stop)
-            hidden = None if upto - at == 1 else _hidden(positions[row, at:upto], position[seen], window)
-            probability = _probability(queries[row, :, block], k_storage[:, seen], hidden, softcap, sinks)
+            now, stored = positions[row, at:upto], position[seen]
+            hidden = None if upto - at == 1 else _hidden(now, stored, window, chunked)
+            bias = None if slopes is None else _bias(now, stored, slopes, kv_heads)
+            probability = _probability(queries[row, :, block], k_storage[:, seen], hidden, softcap, sinks, bias)
             torch.bmm(probability.to(value.dtype), v_storage[:, seen], out=out[row, :, block])
             if decay is not None:
                 fading = decay if at == 0 else 1.0
@@ -113,14 +118,27 @@ def _append(
     mass.index_fill_(0, slot, 0.0)
 
 
-def _hidden(positions: Tensor, stored: Tensor, window: int | None) -> Tensor:
+def _hidden(positions: Tensor, stored: Tensor, window: int | None, chunked: bool) -> Tensor:
     """[T, N] keys that a query may not see."""
     age = positions[:, None] - stored
-    return age < 0 if window is None else (age < 0) | (age >= window)
+    if window is None:
+        return age < 0
+    return (age < 0) | (age > positions[:, None] % window if chunked else age >= window)
+
+
+def _bias(positions: Tensor, stored: Tensor, slopes: Tensor, kv_heads: int) -> Tensor:
+    """[kv_heads, T * G, N] of ALiBi, ordered as queries are."""
+    age = positions[:, None] - stored  # [T, N]
+    return (-slopes.view(kv_heads, 1, -1, 1) * age[:, None]).flatten(1, 2)
 
 
 def _probability(
-    queries: Tensor, keys: Tensor, hidden: Tensor | None, softcap: float | None, sinks: Tensor | None
+    queries: Tensor,
+    keys: Tensor,
+    hidden: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
     """[kv_heads, T * G, N] in at least float32, of queries [kv_heads, T * G, D] over keys [kv_heads, N, D]."""
     scores = torch.bmm(queries, keys.mT)
@@ -128,6 +146,8 @@ def _probability(
         scores = scores.float()
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        scores += bias
     if hidden is not None:
         scores.unflatten(1, (len(hidden), -1)).masked_fill_(hidden[:, None], float("-inf"))
     if sinks is None:

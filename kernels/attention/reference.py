@@ -24,16 +24,18 @@ def attention(
     *,
     scale: float,
     window: int | None = None,
+    chunked: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
     decay: float | None = None,
     peak: bool = False,
 ) -> Tensor:
     """Append the new tokens of one layer, attend over all it retains, update each slot's attention mass.
 
     Rows are right-padded: token ``t`` of row ``r`` is real iff ``t < new_lengths[r]``. A key at position p is visible
-    to a query at position q iff ``p <= q`` and, with a window, ``q - p < window``: stored positions decide, never slot
-    indices.
+    to a query at position q iff ``p <= q`` and, with a window, ``q - p < window``, or, where windows are chunks,
+    ``q // window == p // window``: stored positions decide, never slot indices.
 
     Args:
         query: ``[rows, heads, T, k_dim]``, rotated already where the model rotates.
@@ -45,6 +47,7 @@ def attention(
         positions: ``[rows, T]`` logical positions of the new tokens.
         new_lengths: ``[rows]`` int32, 0 for a row that takes no part.
         sinks: ``[heads]`` logits of a learned column that takes probability and gives nothing, or None.
+        slopes: ``[heads]`` of ALiBi: a score falls by ``slope * (q - p)``; or None.
         decay: gamma of ``s_t = gamma * s_{t-1} + sum over heads and queries of A_t`` (Lethe, RASR); None: mass stays.
 
     Returns:
@@ -68,9 +71,11 @@ def attention(
         scores = softcap * torch.tanh(scores / softcap)
     is_query = torch.arange(steps, device=query.device) < new_lengths[:, None]  # [rows, T]
     age = positions[:, :, None] - stored[:, None, :]  # [rows, T, N]
+    if slopes is not None:
+        scores = scores - slopes.to(compute).view(kv_heads, -1, 1, 1) * age[:, None, None]
     visible = (age >= 0) & (slots < total[:, None])[:, None, :] & is_query[:, :, None]
     if window is not None:
-        visible &= age < window
+        visible &= age <= positions[:, :, None] % window if chunked else age < window
     visible = visible[:, None, None]  # [rows, 1, 1, T, N]
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:

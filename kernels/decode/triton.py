@@ -59,6 +59,7 @@ def _attend(
     positions,
     new_lengths,
     sinks,
+    slopes,
     out,  # [rows, heads, v_dim]
     weight,  # [rows, kv_heads, capacity, G] exp2(score - block_max), in the dtype that probabilities are kept in
     block_max,  # [rows, kv_heads, capacity / BLOCK, G] float32 running maximum that a block's weights are relative to
@@ -83,7 +84,9 @@ def _attend(
     SCALE: tl.constexpr,  # times log2(e) where there is no softcap
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNKED: tl.constexpr,
     SINKS: tl.constexpr,
+    SLOPES: tl.constexpr,
     SCORED: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -133,6 +136,8 @@ def _attend(
         q_at = query + row.to(tl.int64) * q_row + (head * GROUP + m)[:, None] * q_head + d[None, :]
         q = tl.load(q_at, mask=in_group[:, None] & in_k[None, :], other=0.0)
         now = tl.load(positions + row * position_row)
+        if SLOPES:
+            slope = tl.load(slopes + head * GROUP + m, mask=in_group, other=0.0).to(tl.float32) * LOG2E
         table = page_table + row.to(tl.int64) * table_stride
         weight_at = weight + item.to(tl.int64) * capacity * GROUP
         max_at = block_max + item.to(tl.int64) * (capacity // BLOCK) * GROUP
@@ -156,9 +161,12 @@ def _attend(
             s = dot(q, k, UPCAST) * SCALE  # [M, BLOCK]
             if SOFTCAP is not None:
                 s = tanh(s / SOFTCAP) * (SOFTCAP * LOG2E)
+            if SLOPES or WINDOW is not None:
+                age = now - tl.load(slot_position + page * PAGE + offset, mask=live, other=0)
+            if SLOPES:
+                s -= slope[:, None] * age.to(tl.float32)[None, :]
             if WINDOW is not None:
-                stored = tl.load(slot_position + page * PAGE + offset, mask=live, other=0)
-                live = live & (now - stored < WINDOW)
+                live = live & ((age <= now % WINDOW) if CHUNKED else (age < WINDOW))
             s = tl.where(live[None, :], s, float("-inf"))
             higher = tl.maximum(top, tl.max(s, 1))
             p = tl.exp2(s - higher[:, None])
@@ -344,8 +352,10 @@ def attention(
     *,
     scale: float,
     window: int | None = None,
+    chunked: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
     decay: float | None = None,
     peak: bool = False,
     tune: Tuning | None = None,
@@ -386,6 +396,7 @@ def attention(
         positions,
         new_lengths,
         sinks,
+        slopes,
         out,
         weight,
         block_max,
@@ -410,7 +421,9 @@ def attention(
         SCALE=scale if softcap is not None else scale * LOG2E.value,
         SOFTCAP=softcap,
         WINDOW=window,
+        CHUNKED=chunked,
         SINKS=sinks is not None,
+        SLOPES=slopes is not None,
         SCORED=scored,
         KV_HEADS=kv_heads,
         GROUP=group,

@@ -70,14 +70,27 @@ def _append(
 
 
 @triton.jit
-def _visible(s, age, live, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr):
+def _visible(
+    s,
+    age,
+    now,
+    live,
+    slope,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    SLOPES: tl.constexpr,
+):
     """Products as scores times log2(e), -inf where a key is hidden. `age` is the query's position minus the key's."""
     s = s * SCALE
     if SOFTCAP is not None:
         s = tanh(s / SOFTCAP) * (SOFTCAP * LOG2E)
+    if SLOPES:
+        s -= slope * LOG2E * age.to(tl.float32)
     visible = live & (age >= 0)
     if WINDOW is not None:
-        visible = visible & (age < WINDOW)
+        visible = visible & ((age <= now % WINDOW) if CHUNKED else (age < WINDOW))
     return tl.where(visible, s, float("-inf"))
 
 
@@ -92,6 +105,7 @@ def _forward(
     positions,
     new_lengths,
     sinks,
+    slopes,
     out,  # [rows, heads, T, v_dim]
     lse,  # [rows, heads, T] float32, base 2; +inf where a query is padding
     tokens,
@@ -107,6 +121,8 @@ def _forward(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    SLOPES: tl.constexpr,
     SINKS: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -130,6 +146,7 @@ def _forward(
     q_at = query + row * q_row + head * q_head + (token * q_token)[:, None] + d[None, :]
     q = tl.load(q_at, mask=real[:, None] & in_k[None, :], other=0.0)
     now = tl.load(positions + row * position_row + token, mask=real, other=-1)
+    slope = tl.load(slopes + head).to(tl.float32) if SLOPES else 0.0
     table = page_table + row * table_stride
 
     top = tl.full([M], -1.0e30, tl.float32)
@@ -151,7 +168,8 @@ def _forward(
         k = tl.load(k_at[None, :] + d[:, None], mask=in_k[:, None], other=0.0)
         stored = tl.load(slot_position + page * PAGE + offset, mask=live, other=0)
         age = now[:, None] - stored[None, :]
-        s = _visible(dot(q, k, UPCAST), age, live[None, :], SCALE, SOFTCAP, WINDOW)  # [M, BLOCK]
+        s = dot(q, k, UPCAST)  # [M, BLOCK]
+        s = _visible(s, age, now[:, None], live[None, :], slope, SCALE, SOFTCAP, WINDOW, CHUNKED, SLOPES)
         higher = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - higher[:, None])
         fade = tl.exp2(top - higher)
@@ -183,6 +201,7 @@ def _score(
     length,
     positions,
     new_lengths,
+    slopes,
     lse,
     seen,  # [rows, kv_heads, capacity] float32: what each KV head's queries gave to a slot
     tokens,
@@ -197,6 +216,8 @@ def _score(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    SLOPES: tl.constexpr,
     PEAK: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -231,7 +252,9 @@ def _score(
             now = tl.load(positions + row * position_row + token, mask=real, other=-1)
             total = tl.load(lse + (row * KV_HEADS * GROUP + q_of) * tokens + token, mask=real, other=float("inf"))
             age = now[None, :] - stored[:, None]
-            s = _visible(dot(k, q, UPCAST), age, live[:, None], SCALE, SOFTCAP, WINDOW)  # [BLOCK, M]
+            slope = tl.load(slopes + q_of).to(tl.float32) if SLOPES else 0.0
+            s = dot(k, q, UPCAST)  # [BLOCK, M]
+            s = _visible(s, age, now[None, :], live[:, None], slope, SCALE, SOFTCAP, WINDOW, CHUNKED, SLOPES)
             p = tl.exp2(s - total[None, :])
             found = tl.maximum(found, tl.max(p, 1)) if PEAK else found + tl.sum(p, 1)
         tl.store(seen + (row * KV_HEADS + head) * capacity + slot, found, mask=live)
@@ -299,8 +322,10 @@ def attention(
     *,
     scale: float,
     window: int | None = None,
+    chunked: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
     decay: float | None = None,
     peak: bool = False,
 ) -> Tensor:
@@ -340,6 +365,7 @@ def attention(
         BLOCK_V=block_v,
     )
     rule = {"SCALE": scale if softcap is not None else scale * LOG2E.value, "SOFTCAP": softcap, "WINDOW": window}
+    rule |= {"CHUNKED": chunked, "SLOPES": slopes is not None}
     blocks = {"M": tune.m, "BLOCK": tune.block, "BLOCK_K": block_k, "UPCAST": upcast, "STAGES": tune.stages}
     launch = {"num_warps": tune.warps, "num_stages": tune.stages}
     _forward[(triton.cdiv(tokens, tune.m), heads, rows)](
@@ -352,6 +378,7 @@ def attention(
         positions,
         new_lengths,
         sinks,
+        slopes,
         out,
         lse,
         tokens,
@@ -380,6 +407,7 @@ def attention(
             length,
             positions,
             new_lengths,
+            slopes,
             lse,
             seen,
             tokens,

@@ -33,14 +33,22 @@ class Case:
     v_dim: int = 24
     page: int = 4
     window: int | None = None
+    chunked: bool = False
     softcap: float | None = None
     sinks: bool = False
+    slopes: bool = False
     decay: float | None = 0.9
     peak: bool = False
     consecutive: bool = True  # a row's pages follow each other
     head_major: bool = True  # storage is [kv_heads, pages, page, dim], as on a CPU
     dtype: torch.dtype = torch.float32
     seed: int = 0
+
+    def sees(self, now: int, position: int) -> bool:
+        """Whether the window lets a query at `now` see an earlier position."""
+        if self.window is None:
+            return True
+        return now // self.window == position // self.window if self.chunked else now - position < self.window
 
 
 @dataclass
@@ -125,8 +133,10 @@ def build(case: Case) -> Inputs:
         "positions": positions,
         "new_lengths": torch.tensor(case.new, dtype=torch.int32),
         "sinks": normal(heads) if case.sinks else None,
+        "slopes": normal(heads).abs() if case.slopes else None,
         "scale": 0.3,
         "window": case.window,
+        "chunked": case.chunked and case.window is not None,
         "softcap": case.softcap,
         "decay": case.decay,
         "peak": case.peak,
@@ -148,12 +158,15 @@ def expected(inputs: Inputs) -> tuple[Tensor, list[list[Token]]]:
                 token.mass *= case.decay
         for step in range(case.new[row]):
             now = int(t["positions"][row, step])
-            visible = [x for x in tokens if 0 <= now - x.position < (case.window or 10**9)]
+            visible = [x for x in tokens if x.position <= now and case.sees(now, x.position)]
             for head in range(t["query"].shape[1]):
                 query, kv = t["query"][row, head, step].double(), head // case.group
                 logits = [0.3 * float(query @ x.key[kv].double()) for x in visible]
                 if case.softcap is not None:
                     logits = [case.softcap * math.tanh(logit / case.softcap) for logit in logits]
+                if case.slopes:
+                    slope = float(t["slopes"][head])
+                    logits = [a - slope * (now - x.position) for a, x in zip(logits, visible, strict=True)]
                 extra = [float(t["sinks"][head])] if case.sinks else []
                 top = max(logits + extra)
                 total = sum(math.exp(x - top) for x in logits + extra)
@@ -227,6 +240,8 @@ CASES = st.builds(
     v_dim=st.sampled_from([16, 24, 64, 80]),
     page=st.sampled_from([1, 4, 16]),
     window=st.none() | st.integers(1, 30),
+    chunked=st.booleans(),
+    slopes=st.booleans(),
     softcap=st.none() | st.sampled_from([0.5, 20.0]),
     sinks=st.booleans(),
     decay=st.none() | st.sampled_from([0.5, 0.95]),
@@ -287,6 +302,8 @@ SERVED = {
     "one page a row wherever it lies": Case(old=(3, 12, 9), new=(1, 1, 1), page=16, consecutive=False),
     "window, sinks, softcap": Case(old=(3, 12, 30), new=(1, 1, 1), window=8, sinks=True, softcap=2.0),
     "window within the new tokens": Case(old=(3, 12, 30), new=(9, 1, 8), window=3),
+    "chunks": Case(old=(3, 12, 30), new=(9, 1, 8), window=6, chunked=True),
+    "slopes": Case(old=(3, 12, 30), new=(9, 1, 8), window=20, slopes=True),
 }
 
 

@@ -6,7 +6,7 @@ Every slot that holds no token is NaN, in all four tensors, and so is what the a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sum": {"decay": 0.9},
     "peak": {"decay": 0.9, "peak": True},
     "windowed": {"decay": 0.9, "peak": True, "window": 9, "softcap": 3.0, "sinks": True},
+    "chunked": {"decay": 0.9, "window": 16, "chunked": True},
+    "alibi": {"decay": 0.9, "slopes": True},
+    "sloped": {"decay": 0.9, "peak": True, "slopes": True, "window": 9},
     "capped": {"decay": 0.9, "window": 40, "softcap": 2.0, "sinks": True},
 }
 
@@ -50,7 +53,8 @@ class Case:
     length: Tensor
     positions: Tensor
     new: Tensor
-    sinks: Tensor
+    sinks: Tensor  # [heads]
+    slopes: Tensor  # [heads]
 
     def run(self, kernel: Callable[..., Tensor], options: dict[str, Any], double: bool = False) -> tuple[Tensor, Case]:
         """The output of `kernel`, and the case as it leaves it; this one stays as it is."""
@@ -59,8 +63,9 @@ class Case:
             return tensor.double() if double else tensor.clone()
 
         state = [cast(self.state[0]), cast(self.state[1]), self.state[2].clone(), self.state[MASS].clone()]
-        after = Case(self.operands, state, self.table, self.length.clone(), self.positions, self.new, self.sinks)
-        options = {**options, "sinks": self.sinks if options.get("sinks") else None, "scale": 0.3}
+        after = replace(self, state=state, length=self.length.clone())
+        learned = {name: getattr(self, name) if options.get(name) else None for name in ("sinks", "slopes")}
+        options = {**options, **learned, "scale": 0.3}
         tensors = [*map(cast, self.operands), *state, self.table, after.length, self.positions, self.new]
         return kernel(*tensors, **options), after
 
@@ -99,9 +104,8 @@ def case(heads: Heads, page: int, lengths: list[int], new: list[int], dtype: tor
         torch.randn(rows, heads.kv, tokens, heads.k_dim).to(dtype) * 2,
         torch.randn(rows, tokens, heads.kv, heads.v_dim).to(dtype).transpose(1, 2),  # strided, as a model's are
     )
-    whole = Case(
-        operands, state, table, length, positions, torch.tensor(new, dtype=torch.int32), torch.randn(heads.query)
-    )
+    per_head = torch.randn(heads.query), torch.rand(heads.query) * 0.2
+    whole = Case(operands, state, table, length, positions, torch.tensor(new, dtype=torch.int32), *per_head)
     for name, value in vars(whole).items():
         moved = value.to(device) if isinstance(value, Tensor) else type(value)(one.to(device) for one in value)
         setattr(whole, name, moved)
@@ -177,7 +181,7 @@ BIG = [Heads(32, 8, 128, 128), Heads(14, 2, 80, 80), Heads(8, 8, 96, 64), Heads(
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("heads", BIG, ids=str)
 def test_gpu_decode(heads: Heads, dtype: torch.dtype) -> None:
-    for page, options in zip((16, 64, 64, 256, 16), OPTIONS.values(), strict=True):
+    for page, options in zip((16, 64, 64, 256, 16, 64, 32, 64), OPTIONS.values(), strict=True):
         given = case(heads, page, [1500, 0, 3, 640, 64], [1, 1, 0, 1, 1], dtype, "cuda")
         assert_agrees(decode.attention, given, options)
 
@@ -186,7 +190,7 @@ def test_gpu_decode(heads: Heads, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("heads", BIG, ids=str)
 def test_gpu_prefill(heads: Heads, dtype: torch.dtype) -> None:
-    for page, options in zip((16, 64, 64, 256, 16), OPTIONS.values(), strict=True):
+    for page, options in zip((16, 64, 64, 256, 16, 64, 32, 64), OPTIONS.values(), strict=True):
         assert_agrees(prefill.attention, case(heads, page, [0, 300, 77], [333, 0, 128], dtype, "cuda"), options)
 
 
@@ -240,9 +244,20 @@ def test_decode_on_hopper(dtype: str, dim: int, group: int, page: int, tmp_path:
     types = dict.fromkeys(("query", "key", "value", "k_pages", "v_pages", "out"), f"*{dtype}")
     types |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(ints, "*i32") | {"positions": "*i64"}
     types["weight"] = "*fp32" if dtype == "fp32" else "*fp16"
-    scalars = [p.name for p in decode._attend.params if not p.is_constexpr and p.name not in (*types, "sinks")]
-    arguments: dict[str, Any] = {**types, **dict.fromkeys(scalars, "i32"), "sinks": "*fp32"}
-    arguments |= {"SCALE": 0.1, "SOFTCAP": None, "WINDOW": None, "SINKS": False, "SCORED": True, "KV_HEADS": 8}
+    scalars = [
+        p.name for p in decode._attend.params if not p.is_constexpr and p.name not in (*types, "sinks", "slopes")
+    ]
+    arguments: dict[str, Any] = {**types, **dict.fromkeys(scalars, "i32"), "sinks": "*fp32", "slopes": "*fp32"}
+    arguments |= {
+        "SCALE": 0.1,
+        "SOFTCAP": None,
+        "WINDOW": None,
+        "CHUNKED": False,
+        "SLOPES": False,
+        "SINKS": False,
+        "SCORED": True,
+        "KV_HEADS": 8,
+    }
     arguments |= {"GROUP": group, "K_DIM": dim, "V_DIM": dim, "PAGE": page, "ROWS": 16, "BLOCK": tune.block, "M": 16}
     arguments |= {"BLOCK_K": block, "BLOCK_V": block, "LEAST": 2, "UPCAST": dtype == "fp32", "STAGES": tune.stages}
     strides = [name for name in scalars if name not in ("rows", "position_row")]
