@@ -29,6 +29,7 @@ def attention_site(
     value: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    bias: Tensor | None,
     scale: float,
     softcap: float | None,
     window: int | None,
@@ -36,15 +37,17 @@ def attention_site(
 ) -> Tensor:
     """Uncached attention as transformers' eager function computes it, one node in the graph.
 
-    query ``[B, H, T, Dk]``, key ``[B, Hkv, S, Dk]``, value ``[B, Hkv, S, Dv]``, mask additive or boolean, broadcastable
-    to ``[B, H, T, S]``; returns ``[B, H, T, Dv]``. `window` is what the model says of the layer: the mask is what
-    counts.
+    query ``[B, H, T, Dk]``, key ``[B, Hkv, S, Dk]``, value ``[B, Hkv, S, Dv]``; mask, additive or boolean, and bias,
+    added to the scores, broadcastable to ``[B, H, T, S]``; returns ``[B, H, T, Dv]``. `window` is what the model says
+    of the layer: the mask is what counts.
     """
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     scores = torch.matmul(query, key.transpose(2, 3)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     if sinks is not None:

@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from lethe_compile.passes.alibi import alibi_slopes
 from lethe_compile.passes.base import Note, PassResult, refuse
 from lethe_compile.passes.evaluate import evaluate, sample_inputs
 from lethe_compile.passes.mask_constants import SMALL, Constants, NotABand, constants_of, substitution
-from lethe_compile.passes.program import SITE_OP, Mask, Program, ancestors, is_call, remove_dead
+from lethe_compile.passes.program import BIAS, SITE_OP, Mask, Program, Site, ancestors, is_call, remove_dead
 
 aten = torch.ops.aten
 
@@ -38,10 +39,13 @@ class ClassifyMasks:
     ``attention_site(q, k, v, mask, …)  =>  attention_site(q, k, v, None, …)`` with ``Site.mask = Mask(window)``
 
     Conditions: the mask is computed from sizes, positions and padding alone, and for every real query i of every sample
-    row, the keys it sees are the real keys j with ``j <= i`` and, for a sliding window w, ``i - j < w``. A window too
-    long to evaluate is proved through its constant: the sub-graph is run twice with the constant replaced by small
-    values, and the band must follow it. A mask stored as a table is evaluated at the table's size, which then limits
-    the model (`Mask.longest`).
+    row, the keys it sees are the real keys j with ``j <= i`` and, for a sliding window w, ``i - j < w``, or, for chunks
+    of w tokens, ``i // w == j // w``, counting each row's real tokens. A window too long to evaluate is proved through
+    its constant: the sub-graph is run twice with the constant replaced by small values, and the band must follow it. A
+    mask stored as a table is evaluated at the table's size, which then limits the model (`Mask.longest`).
+
+    An additive bias of scores goes the same way: ``attention_site(…, bias, …)  =>  attention_site(…, None, …)`` with
+    ``Site.slopes``, if it is ALiBi's, which falls linearly with the distance of a key; see `passes.alibi`.
     """
 
     name: ClassVar[str] = "classify-masks"
@@ -57,14 +61,26 @@ class ClassifyMasks:
                 mask = proved[operand] = proved.get(operand) or prove(program, operand)
             except NotABand as reason:
                 raise refuse(str(reason), program, site.layer) from reason
-            sites.append(replace(site, mask=mask))
+            sites.append(replace(site, mask=mask, slopes=_slopes(program, site)))
             window = "" if mask.window is None else f", window {mask.window}"
-            notes.append(Note(site.node.name, f"{mask.kind}{window}: proved on {operand.name}", site.layer))
+            biased = "" if site.node.args[BIAS] is None else ", ALiBi"
+            notes.append(Note(site.node.name, f"{mask.kind}{window}{biased}: proved on {operand.name}", site.layer))
         for site in sites:
             site.node.update_arg(3, None)
+            site.node.update_arg(BIAS, None)
         remove_dead(program.graph)
         program.module.recompile()
         return PassResult(replace(program, sites=tuple(sites)), tuple(notes))
+
+
+def _slopes(program: Program, site: Site) -> tuple[float, ...] | None:
+    bias = site.node.args[BIAS]
+    if not isinstance(bias, fx.Node):
+        return None
+    try:
+        return alibi_slopes(program, bias, site.heads)
+    except NotABand as reason:
+        raise refuse(str(reason), program, site.layer) from reason
 
 
 def prove(program: Program, mask: fx.Node) -> Mask:
@@ -83,10 +99,10 @@ def prove(program: Program, mask: fx.Node) -> Mask:
         longest = min(constants.tables)
         if longest > _LONGEST:
             raise NotABand(f"its mask is a stored table of {longest} tokens, too long to prove (at most {_LONGEST})")
-        return Mask(_band(program, mask, longest), longest)
+        return replace(_band(program, mask, longest), longest=longest)
     if constants.large:
-        return Mask(_follow(program, mask, constants))
-    return Mask(_band(program, mask, _sample_length(constants, {})))
+        return _follow(program, mask, constants)
+    return _band(program, mask, _sample_length(constants, {}))
 
 
 def _is_read(ids: fx.Node, nodes: Sequence[fx.Node]) -> bool:
@@ -101,41 +117,42 @@ def _sample_length(constants: Constants, standin: dict[int, int]) -> int:
     return tokens
 
 
-def _follow(program: Program, mask: fx.Node, constants: Constants) -> int | None:
-    """The window when it is set by one of the large constants, each of which stands in turn for two small values."""
+def _follow(program: Program, mask: fx.Node, constants: Constants) -> Mask:
+    """The mask when one of the large constants sets its window; each stands in turn for two small values."""
     large = constants.large
     if len(large) > len(_STANDINS[0]):
         raise NotABand(f"its mask uses {len(large)} large constants, too many to vary one by one")
     choices = [dict(zip(large, standins, strict=False)) for standins in _STANDINS]
     tokens = max(_sample_length(constants, choice) for choice in choices)
-    widths = [_band(program, mask, tokens, substitution(choice)) for choice in choices]
+    bands = [_band(program, mask, tokens, substitution(choice)) for choice in choices]
+    widths = [band.window for band in bands]
     if widths == [None, None]:
-        return None
+        return Mask()
     for constant in large:
         offsets = {width - choice[constant] for width, choice in zip(widths, choices, strict=True) if width is not None}
-        if None not in widths and len(offsets) == 1:
-            return constant + offsets.pop()
+        if None not in widths and len(offsets) == 1 and bands[0].chunked == bands[1].chunked:
+            return replace(bands[0], window=constant + offsets.pop())
     raise NotABand(f"its mask is a band of {widths} tokens that follows none of the constants {large}")
 
 
 def _band(
     program: Program, mask: fx.Node, tokens: int, substitute: Callable[[fx.Node, Any], Any] | None = None
-) -> int | None:
-    """The width of the causal band that the mask is on samples of `tokens` and fewer tokens, None without end."""
+) -> Mask:
+    """What the mask is on samples of `tokens` and fewer tokens."""
     padded = any(n.op == "placeholder" and n.target == "attention_mask" for n in ancestors(mask, stop=_SHAPE_ONLY))
-    window = None
+    found = Mask()
     for length in (tokens, max(1, tokens - tokens // 4)):
         inputs = sample_inputs(length, padding=min(_PADDING, length // 2) if padded else 0, device=program.device)
         try:
             value = evaluate(program.module, mask, inputs, substitute)
         except (RuntimeError, IndexError) as error:
             raise NotABand(f"its mask cannot be computed for {length} tokens: {error}") from error
-        width = _width(_allowed(value, length), inputs["attention_mask"].bool())
+        band = _width(_allowed(value, length), inputs["attention_mask"].bool())
         if length == tokens:
-            window = width
-        elif width != (None if window is None or window >= length else window):
+            found = band
+        elif band != (Mask() if found.window is None or found.window >= length else found):
             raise NotABand("its mask depends on the length of the sequence")
-    return window
+    return found
 
 
 def _allowed(mask: Tensor, tokens: int) -> Tensor:
@@ -154,20 +171,30 @@ def _allowed(mask: Tensor, tokens: int) -> Tensor:
     return mask[:, 0]
 
 
-def _width(allowed: Tensor, real: Tensor) -> int | None:
-    """Width of the band, checked element by element over real queries; `allowed` [1 | rows, N, N], `real` [rows, N]."""
-    rows, tokens = real.shape
-    allowed = allowed.expand(rows, -1, -1)
-    index = torch.arange(tokens, device=allowed.device)
-    age = index[:, None] - index
+def _width(allowed: Tensor, real: Tensor) -> Mask:
+    """The band, checked element by element over real queries; `allowed` [1 | rows, N, N], `real` [rows, N]."""
+    allowed = allowed.expand(len(real), -1, -1)
     if bool(allowed[0].triu(1).any()):
         raise NotABand("its attention is not causal: a query sees later keys")
-    seen = int(allowed[0, -1].sum())
-    window = None if seen == tokens else seen
-    band = (age >= 0) if window is None else (age >= 0) & (age < window)
-    expected = band & real[:, None, :]
+    blind = (~allowed[0, :, 0]).nonzero()  # queries that do not see the first key
+    found = Mask()
+    if len(blind):
+        first = int(blind[0])
+        found = Mask(first, chunked=first > 1 and int(allowed[0, first].sum()) == 1)
+    expected = _visible(found, real.cumsum(1) - 1) & real[:, None, :]
     if not bool((allowed == expected)[real].all()):
         row, query, key = ((allowed != expected) & real[:, :, None]).nonzero()[0].tolist()
-        kind = "a causal mask" if window is None else f"a sliding window of {window}"
-        raise NotABand(f"its mask is not {kind}: row {row}, query {query}, key {key} differs")
-    return window
+        window = "" if found.window is None else f" of {found.window}"
+        names = {"causal": "a causal mask", "sliding": "a sliding window", "chunked": "a mask of chunks"}
+        raise NotABand(f"its mask is not {names[found.kind]}{window}: row {row}, query {query}, key {key} differs")
+    return found
+
+
+def _visible(mask: Mask, position: Tensor) -> Tensor:
+    """[rows, N, N] of what `mask` lets real tokens at `position` [rows, N] see of each other."""
+    query, key = position[:, :, None], position[:, None, :]
+    causal = torch.ones_like(query == key).tril()  # tokens are in order, padding apart
+    if mask.window is None:
+        return causal
+    near = query // mask.window == key // mask.window if mask.chunked else query - key < mask.window
+    return causal & near

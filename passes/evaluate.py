@@ -16,16 +16,19 @@ def evaluate(
     target: fx.Node,
     inputs: Mapping[str, Tensor],
     rewrite: Callable[[fx.Node, Any], Any] | None = None,
+    bound: Mapping[fx.Node, Any] | None = None,
 ) -> Any:
     """The value of `target` with the graph's placeholders bound to `inputs`; only what it depends on is computed.
 
     `rewrite(node, args)` may replace the positional arguments of a call, or the value of a `get_attr`, which lets a
-    proof vary a constant.
+    proof vary a constant. Nodes in `bound` have the values given there.
     """
     vary = rewrite or (lambda node, args: args)
-    values: dict[fx.Node, Any] = {}
+    values: dict[fx.Node, Any] = dict(bound or {})
     with torch.no_grad():
-        for node in ancestors(target):
+        for node in ancestors(target, within=values):
+            if node in values:
+                continue
             if node.op == "placeholder":
                 values[node] = inputs[str(node.target)].to(node.meta["val"].dtype)
             elif node.op == "get_attr":

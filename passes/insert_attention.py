@@ -20,7 +20,7 @@ _PAGES, _PAGE, _MAX_PAGES = 8, 16, 4  # example sizes of the cache inputs; the o
 class InsertAttention:
     """Replace uncached attention by the cached op.
 
-    ``attention_site(q, k, v, None, sinks, scale, softcap, window, layer)``  =>
+    ``attention_site(q, k, v, None, sinks, None, scale, softcap, window, layer)``  =>
     ``attention(q, k, v, k_pages, v_pages, slot_position, slot_mass, page_table, length, positions, new_lengths, …)``
 
     New inputs: `new_lengths`, for each page pool `k_pages_g`, `v_pages_g`, `slot_position_g`, `slot_mass_g`, and
@@ -105,10 +105,11 @@ def _add_inputs(program: Program) -> dict[str, fx.Node]:
 def _insert(program: Program, site: Site, state: dict[str, fx.Node], score: tuple[float | None, bool]) -> fx.Node:
     query, key, value, _, sinks, *_ = site.node.args
     assert site.mask is not None
+    mask, slopes = site.mask, _slopes(program, site)
     group = site.cache_group
     pool = [state[f"{name}_{group}"] for name in ("k_pages", "v_pages", "slot_position", "slot_mass")]
     tables = [state["page_table"], state["length"], program.placeholder("positions"), state["new_lengths"]]
-    options = (sinks, site.scale, site.mask.window, site.softcap, site.layer, *score)
+    options = (sinks, slopes, site.scale, mask.window, mask.chunked, site.softcap, site.layer, *score)
     with program.graph.inserting_before(site.node):
         node = program.graph.call_function(CACHED_OP, (query, key, value, *pool, *tables, *options))
     node.meta.update(site.node.meta)
@@ -116,3 +117,14 @@ def _insert(program: Program, site: Site, state: dict[str, fx.Node], score: tupl
     site.node.replace_all_uses_with(node)
     program.graph.erase_node(site.node)
     return node
+
+
+def _slopes(program: Program, site: Site) -> fx.Node | None:
+    """The site's ALiBi slopes [heads] as a buffer of the graph; sites of equal slopes share it."""
+    if site.slopes is None:
+        return None
+    name = f"alibi_slopes_{[s.slopes for s in program.sites].index(site.slopes)}"
+    if not hasattr(program.module, name):
+        program.module.register_buffer(name, torch.tensor(site.slopes, device=program.device))
+    with program.graph.inserting_before(site.node):
+        return program.graph.get_attr(name)

@@ -11,6 +11,7 @@ from torch import fx
 
 from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.passes.base import Note, PassResult
+from lethe_compile.passes.mask_terms import split_mask
 from lethe_compile.passes.program import (
     SITE_OP,
     Program,
@@ -20,15 +21,19 @@ from lethe_compile.passes.program import (
     is_call,
     is_symbolic,
     module_path,
+    remove_dead,
     same_size,
     shape_of,
     source_of,
     with_cache_groups,
 )
+from lethe_compile.passes.reading import NotAttention
+from lethe_compile.passes.softmax_attention import SOFTMAX, locate
 
 aten = torch.ops.aten
 
-_SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax, aten.log_softmax, aten._log_softmax)
+_LOG_SOFTMAX = (aten.log_softmax, aten._log_softmax)
+_HINT = "use scaled_dot_product_attention, or transformers' attention interface"
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class LocateAttention:
     ====================================================================  =====================================
     ``attention_site(q, k, v, mask, …)``, from the attention interface    itself
     ``scaled_dot_product_attention(q, k, v, mask, p, is_causal, …)``      ``attention_site(q, k, v, mask, …)``
+    ``matmul(softmax(cap(q @ k.mT * scale) + bias + mask), v)``           ``attention_site(q, k, v, mask, bias, …)``
     ====================================================================  =====================================
 
     Conditions: 4-D operands, no dropout, a constant scale, queries and keys one for each token of the input (a graph
@@ -58,8 +64,11 @@ class LocateAttention:
                 sites.append(_site(program, node, layer, "interface"))
             elif is_call(node, aten.scaled_dot_product_attention):
                 sites.append(_site(program, _from_sdpa(program, node, layer), layer, "sdpa"))
+            elif node.users and is_call(node, *SOFTMAX) and _may_be_attention(node):
+                sites.append(_site(program, _from_softmax(program, node, layer), layer, "softmax"))
             else:
                 _refuse_unknown(program, node, layer)
+        remove_dead(program.graph)
         _check_count(program, sites)
         program.module.recompile()
         notes = [Note(s.node.name, f"{s.found_by}, {s.heads} heads over {s.kv_heads}", s.layer) for s in sites]
@@ -67,7 +76,7 @@ class LocateAttention:
 
 
 def _site(program: Program, node: fx.Node, layer: int, found_by: str) -> Site:
-    query, key, value, _, sinks, scale, softcap, *_ = node.args
+    query, key, value, _, sinks, _, scale, softcap, *_ = node.args
     (_, heads, queries, k_dim), (_, kv_heads, keys, _), (_, _, _, v_dim) = map(shape_of, (query, key, value))
     tokens = shape_of(program.input_ids)[1]
     if any(is_symbolic(size) for size in (heads, kv_heads, k_dim, v_dim)):
@@ -104,11 +113,23 @@ def _from_sdpa(program: Program, node: fx.Node, layer: int) -> fx.Node:
     with program.graph.inserting_before(node):
         if argument(node, 5, "is_causal", False):
             mask = _causal_mask(program)
-        site = program.graph.call_function(SITE_OP, (query, key, value, mask, None, scale, None, None, layer))
+    bias = None
+    if isinstance(mask, fx.Node) and mask.meta.get("val") is not None:
+        mask, bias = split_mask(program, query, mask, node)
+    with program.graph.inserting_before(node):
+        site = program.graph.call_function(SITE_OP, (query, key, value, mask, None, bias, scale, None, None, layer))
     site.meta.update(node.meta)
     node.replace_all_uses_with(site)
     program.graph.erase_node(node)
     return site
+
+
+def _from_softmax(program: Program, node: fx.Node, layer: int) -> fx.Node:
+    """Replace attention that is written out by an `attention_site`."""
+    try:
+        return locate(program, node, layer)
+    except NotAttention as reason:
+        raise _refusal(node, layer, str(reason), _HINT) from reason
 
 
 def _causal_mask(program: Program) -> fx.Node:
@@ -122,20 +143,19 @@ def _causal_mask(program: Program) -> fx.Node:
 
 def _refuse_unknown(program: Program, node: fx.Node, layer: int) -> None:
     """Refuse what may be attention and is no site: nothing may be left unpruned without a word."""
-    hint = "use scaled_dot_product_attention, or transformers' attention interface"
     if node.op == "get_attr" and isinstance(region := attribute(program.module, str(node.target)), fx.GraphModule):
         for inner in _nodes(region):
             if _may_be_attention(inner) or is_call(inner, SITE_OP, aten.scaled_dot_product_attention):
                 user = next(iter(node.users))
-                raise _refusal(inner, layer, f"attention inside the region of '{user.name}' ({user.target})", hint)
+                raise _refusal(inner, layer, f"attention inside the region of '{user.name}' ({user.target})", _HINT)
     elif _may_be_attention(node):
         shape = ", ".join(map(str, shape_of(node)))
-        raise _refusal(node, layer, f"{node.target} [{shape}] is attention in a form that is not recognised", hint)
+        raise _refusal(node, layer, f"{node.target} [{shape}] is attention in a form that is not recognised", _HINT)
 
 
 def _may_be_attention(node: fx.Node) -> bool:
     """Whether `node` is a softmax over tokens, or an operator that calls itself attention."""
-    if is_call(node, *_SOFTMAX):
+    if is_call(node, *SOFTMAX, *_LOG_SOFTMAX):
         shape, dim = shape_of(node), argument(node, 1, "dim")
         return len(shape) >= 3 and is_symbolic(shape[dim])
     known = is_call(node, SITE_OP, aten.scaled_dot_product_attention)

@@ -12,19 +12,24 @@ from torch import Tensor, fx
 import lethe_compile.kernels.ops  # noqa: F401  (registers the operators)
 
 SITE_OP = torch.ops.lethe.attention_site.default
+BIAS = 5  # its place among the arguments of an `attention_site`
 CACHED_OP = torch.ops.lethe.attention.default
 
 
 @dataclass(frozen=True)
 class Mask:
-    """A proved attention mask: each query sees the keys at its own and earlier positions, at most `window` of them."""
+    """A proved attention mask: each query sees the keys at its own and earlier positions.
+
+    With `window`, at most so many of them; where windows are `chunked`, only those in its own ``position // window``.
+    """
 
     window: int | None = None
     longest: int | None = None  # tokens that a mask stored as a table was made for
+    chunked: bool = False
 
     @property
     def kind(self) -> str:
-        return "causal" if self.window is None else "sliding"
+        return "causal" if self.window is None else "chunked" if self.chunked else "sliding"
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Site:
     layer: int
     node: fx.Node
     name: str  # the module path in the user's model, or the node's name
-    found_by: str  # "interface" | "sdpa"
+    found_by: str  # "interface" | "sdpa" | "softmax"
     heads: int
     kv_heads: int
     k_dim: int
@@ -43,6 +48,7 @@ class Site:
     softcap: float | None
     sinks: bool
     mask: Mask | None = None
+    slopes: tuple[float, ...] | None = None  # ALiBi's, one a head: a score falls by slope * (q - p)
     cache_group: int = 0  # which page pool: layers of equal (kv_heads, k_dim, v_dim) share one
 
 
@@ -97,15 +103,18 @@ def is_call(node: Any, *targets: Any) -> bool:
     return any(node.target is t or (packet is not None and packet is t) for t in targets)
 
 
-def ancestors(node: fx.Node, stop: Collection[Any] = ()) -> list[fx.Node]:
-    """`node` and everything that it is computed from, in graph order; not what only calls of `stop` read."""
+def ancestors(node: fx.Node, stop: Collection[Any] = (), within: Collection[fx.Node] = ()) -> list[fx.Node]:
+    """`node` and everything that it is computed from, in graph order.
+
+    Not what only calls of `stop`, or the nodes `within`, read.
+    """
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
         current = stack.pop()
         if current not in seen:
             seen.add(current)
-            stack.extend([] if is_call(current, *stop) else current.all_input_nodes)
+            stack.extend([] if current in within or is_call(current, *stop) else current.all_input_nodes)
     return [n for n in node.graph.nodes if n in seen]
 
 

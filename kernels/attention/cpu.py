@@ -72,8 +72,9 @@ def attention(
             block = slice(at * group, upto * group)
             seen = slice(first, first + old + upto)
             if window is not None:
-                now = int(positions[row, at])
-                outside = torch.searchsorted(position[seen], now // window * window if chunked else now - window + 1)
+                oldest = int(positions[row, at])  # of the first query; then the first position that it sees
+                oldest = oldest // window * window if chunked else oldest - window + 1
+                outside = torch.searchsorted(position[seen], oldest)
                 seen = slice(first + int(outside), seen.stop)
             now, stored = positions[row, at:upto], position[seen]
             hidden = None if upto - at == 1 else _hidden(now, stored, window, chunked)

@@ -128,6 +128,7 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface, with the call kept as one node. Operands ``[B, heads, T, head_dim]``."""
@@ -139,5 +140,5 @@ def _attention(
         raise UnsupportedGraphError(f"its attention applies dropout {dropout} outside training", layer=layer)
     scale = float(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
     options = (scale, None if softcap is None else float(softcap), sliding_window, layer)
-    out = torch.ops.lethe.attention_site(query, key, value, attention_mask, s_aux, *options)
+    out = torch.ops.lethe.attention_site(query, key, value, attention_mask, s_aux, position_bias, *options)
     return out.transpose(1, 2).contiguous(), None  # [B, T, heads, v_dim]

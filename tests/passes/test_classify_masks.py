@@ -22,6 +22,11 @@ def age(tokens: int) -> Tensor:
     return index[:, None] - index
 
 
+def same_chunk(tokens: int, size: int, shift: int = 0) -> Tensor:
+    chunk = (torch.arange(tokens) + shift) // size
+    return chunk[:, None] == chunk
+
+
 def additive(allowed: Tensor, denied: float = -torch.inf) -> Tensor:
     return torch.zeros(allowed.shape).masked_fill(~allowed, denied)
 
@@ -55,6 +60,8 @@ BANDS: dict[str, tuple[MaskOf, Mask]] = {
     "large window, tril and triu": (lambda toy, t: torch.ones(t, t, dtype=torch.bool).tril().triu(-4095), Mask(4096)),
     "large window, as a float": (lambda toy, t: (age(t) >= 0) & (age(t).float() < 4096.0), Mask(4096)),
     "large window, stored": (lambda toy, t: (age(t) >= 0) & (age(t) < toy.window), Mask(4096)),
+    "chunks": (lambda toy, t: (age(t) >= 0) & same_chunk(t, 16), Mask(16, chunked=True)),
+    "large chunks": (lambda toy, t: (age(t) >= 0) & same_chunk(t, 8192), Mask(8192, chunked=True)),
     "large window, beside another constant": (
         lambda toy, t: (age(t) > -2000) & (age(t) >= 0) & (age(t) < 4096),
         Mask(4096),
@@ -64,8 +71,6 @@ BANDS: dict[str, tuple[MaskOf, Mask]] = {
 OTHERS: dict[str, tuple[MaskOf, str]] = {
     "bidirectional": (lambda toy, t: torch.ones(t, t, dtype=torch.bool), "not causal: a query sees later keys"),
     "one later key": (lambda toy, t: age(t) >= -1, "not causal: a query sees later keys"),
-    "ALiBi": (lambda toy, t: additive(age(t) >= 0) - age(t) * 0.5, "fraction 0.5"),
-    "additive bias": (lambda toy, t: additive(age(t) >= 0) - age(t), "an additive bias"),
     "by head": (
         lambda toy, t: age(t) >= torch.tensor([0, 0, 1, 0])[:, None, None],
         "a stored table of|cannot be computed|head",
@@ -75,22 +80,19 @@ OTHERS: dict[str, tuple[MaskOf, str]] = {
         "the content",
     ),
     "by what is computed": (lambda toy, t: (toy.embedding(toy.now.tokens).sum() > 0) & (age(t) >= 0), "the content"),
-    "window with a hole": (lambda toy, t: (age(t) >= 0) & (age(t) < 7) & (age(t) != 3), "not a sliding window of 6"),
+    "window with a hole": (lambda toy, t: (age(t) >= 0) & (age(t) < 7) & (age(t) != 3), "not a sliding window of 3"),
     "window off by one at the end": (
         lambda toy, t: ((age(t) >= 0) & (age(t) < 7)) | ((age(t) == 7) & (age(t)[:, :1] < 30)),
-        "not a sliding window of 7",
+        "not a sliding window of 8",
     ),
     "sink and window": (
         lambda toy, t: (age(t) >= 0) & ((age(t) < 7) | (torch.arange(t) < 2)),
-        "not a sliding window of 9",
+        "not a causal mask",
     ),
-    "chunks": (
-        lambda toy, t: (age(t) >= 0) & (torch.arange(t)[:, None] // 16 == torch.arange(t) // 16),
-        "not a sliding",
-    ),
-    "large chunks": (
-        lambda toy, t: (age(t) >= 0) & (torch.arange(t)[:, None] // 8192 == torch.arange(t) // 8192),
-        "not a",
+    "chunks that start late": (lambda toy, t: (age(t) >= 0) & same_chunk(t, 16, shift=3), "not a mask of chunks of 13"),
+    "two chunks": (
+        lambda toy, t: (age(t) >= 0) & (torch.arange(t)[:, None] // 16 - torch.arange(t) // 16 < 2),
+        "not a sliding window of 32",
     ),
     "chunks by shifting": (
         lambda toy, t: (age(t) >= 0) & (torch.arange(t)[:, None] >> 12 == torch.arange(t) >> 12),
