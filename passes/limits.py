@@ -48,8 +48,12 @@ def _position_tables(program: Program) -> Iterator[int]:
             continue
         if all(n is positions or n is program.input_ids for n in sources if n.op == "placeholder"):
             zero = torch.zeros(1, 1, dtype=torch.int64, device=program.device)
-            first = evaluate(program.module, index, {"positions": zero, "input_ids": zero})
-            yield int(shape_of(table)[dim]) - int(first.flatten()[0])
+            first, second = (
+                int(evaluate(program.module, index, {"positions": zero + at, "input_ids": zero}).flatten()[0])
+                for at in (0, 1)
+            )
+            if second != first:  # a table of segments is indexed by what all positions share
+                yield int(shape_of(table)[dim]) - first
 
 
 def _lookup(node: fx.Node) -> tuple[Any, int, Any]:

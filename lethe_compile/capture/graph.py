@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from lethe_compile.capture.functional import NotLocal, functionalize
 from lethe_compile.errors import InputError, UnsupportedGraphError
 from lethe_compile.passes.program import Program, argument, is_call, is_symbolic, same_sizes, shape_of, written
 
@@ -21,6 +23,7 @@ ROLES = {  # what each input of a decoder is called
 }
 EXAMPLE_ROWS, EXAMPLE_TOKENS = 2, 9
 _FIX_SHAPES = "export with dynamic_shapes={0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for every input"
+_log = logging.getLogger(__name__)
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
@@ -127,7 +130,7 @@ def to_program(
     Raises:
         UnsupportedGraphError: an input is no decoder's or of fixed size, no output is logits, or the model keeps state.
     """
-    module = _functional(exported).module(check_guards=False)
+    module = _functional(exported)
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
     for node in [n for n in graph.nodes if n.op == "placeholder"]:
@@ -144,13 +147,25 @@ def to_program(
     return Program(fx.GraphModule(module, graph), expected_layers)  # without the hooks that check the old signature
 
 
-def _functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Without writes to intermediate tensors, and with autocast written out; as it is where it has neither."""
+def _functional(exported: torch.export.ExportedProgram) -> fx.GraphModule:
+    """Without writes to intermediate tensors, and with autocast written out."""
     graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
     calls = [n for g in graphs for n in g.nodes]
-    writes = any(target for n in calls if not is_call(n, torch.ops.aten.detach_) for target in written(n))
-    casts = any(is_call(n, _AUTOCAST) and argument(n, 2, "enabled") for n in calls)
-    return exported.run_decompositions({}) if writes or casts else exported
+    if any(is_call(n, _AUTOCAST) and argument(n, 2, "enabled") for n in calls):
+        return _module(exported.run_decompositions({}))
+    module = _module(exported)
+    try:
+        for part in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
+            functionalize(part.graph)
+    except NotLocal as reason:
+        _log.info("decomposing, which takes long: %s", reason)
+        return _module(exported.run_decompositions({}))
+    return module
+
+
+def _module(exported: torch.export.ExportedProgram) -> fx.GraphModule:
+    module: fx.GraphModule = exported.module(check_guards=False)
+    return module
 
 
 def _name_input(node: fx.Node, role: str) -> None:
