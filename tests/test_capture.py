@@ -217,11 +217,6 @@ def hidden_state_space() -> nn.Module:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes)).eval()
 
 
-def bloom() -> nn.Module:
-    sizes = {"vocab_size": 97, "hidden_size": 32, "n_layer": 1, "n_head": 4}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **sizes)).eval()
-
-
 def last_logits() -> nn.Module:
     class Last(PlainDecoder):
         def forward(self, tokens: Tensor) -> Tensor:
@@ -246,7 +241,6 @@ def unknown_input() -> nn.Module:
         (encoder_decoder, "T5ForConditionalGeneration is an encoder-decoder"),
         (recurrent, "no attention was found|cannot be exported"),
         (hidden_state_space, "no attention was found|cannot be exported"),
-        (bloom, "attention|bias|mask"),
         (last_logits, r"returns no logits .batch, tokens, vocabulary., but"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import SLIDING, Settings, of
+from .base import SLIDING, Settings
 
 BLT_STACK: Settings = {
     "hidden_size": 64,
