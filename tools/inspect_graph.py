@@ -20,8 +20,14 @@ from lethe_compile.tools import _models
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Capture a model, run the passes, print the report."""
+    """Capture a model, run the passes, print the report; or check architectures."""
     options = _arguments(argv)
+    if options.matrix:
+        from lethe_compile.tools import _matrix
+
+        return _matrix.run(options.model, options.json, options.markdown)
+    if len(options.model) != 1:
+        raise InputError(f"name one model, not {len(options.model)}, or all architectures with --matrix")
     config = LetheConfig()
     rule = (config.decay, config.score == "peak")
     names = [step.name for step in pipeline(*rule, fuse=True)]
@@ -32,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == options.print_after:
             print(program.graph)
 
-    captured = capture(_models.load_model(options.model))
+    captured = capture(_models.load_model(options.model[0]))
     passes = pipeline(*rule, fuse=captured.program.device.type == "cuda")
     result = run_pipeline(captured.program, passes, observe)
     site = result.program.sites[0]
@@ -47,7 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="lethe inspect", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help=_models.HELP)
+    parser.add_argument("model", nargs="*", metavar="MODEL", help=_models.HELP)
+    parser.add_argument(
+        "--matrix", action="store_true", help="check tiny models of the architectures named, or of all, in transformers"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the matrix as Markdown")
     parser.add_argument("--print-after", metavar="PASS", help="print the graph as it is after this pass")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     return parser.parse_args(argv)

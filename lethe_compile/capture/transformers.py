@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lethe_compile.capture.graph import EXAMPLE_TOKENS, ROLES, Captured, evaluating, example_ids, export, to_program
+from lethe_compile.capture.patches import patched
 from lethe_compile.errors import UnsupportedGraphError
 
 _interface_lock = threading.Lock()
@@ -32,7 +33,7 @@ def capture_transformers(model: Any) -> Captured:
     positions = torch.arange(EXAMPLE_TOKENS, device=ids.device).expand_as(ids).contiguous()
     example = {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
     wrapped = _Logits(model)
-    with _attention_captured(model):
+    with _attention_captured(model), patched():
         exported = export(wrapped, example)
     expected = getattr(config.get_text_config(), "num_hidden_layers", None)
 

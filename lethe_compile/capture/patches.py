@@ -1,0 +1,86 @@
+"""Parts of transformers that no export can follow, in a form that computes the same; each with the reason.
+
+They stand in for the time of a capture. Verification compares the result with the model as it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def patched() -> Iterator[None]:
+    """All patches whose modules are loaded, which they are once a model of theirs exists."""
+    with ExitStack() as stack:
+        for module, path, replacement in _PATCHES:
+            loaded: Any = sys.modules.get(module)
+            owner, _, name = path.rpartition(".")
+            holder = getattr(loaded, owner, None) if owner else loaded
+            if holder is not None and hasattr(holder, name):
+                stack.enter_context(mock.patch.object(holder, name, replacement))
+        yield
+
+
+def _sorted_by_expert(hidden: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens ``[N * K, D]`` by expert, their order, and where each expert's end ``[experts]``.
+
+    `hidden` is ``[N, D]``, `index` ``[N, K]``.
+    """
+    flat = index.reshape(-1)
+    order = flat.argsort(stable=True)
+    ends = (flat[:, None] == torch.arange(experts, device=flat.device)).sum(0).cumsum(0)
+    return hidden[order // index.shape[1]], order, ends.to(torch.int32)
+
+
+def _combined(states: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Back in the order of tokens, weighted and summed over each token's experts: ``[N, D]``."""
+    tokens, per_token = weights.shape
+    return (states[order.argsort()].view(tokens, per_token, -1) * weights[..., None]).sum(1).to(states.dtype)
+
+
+def _grouped(tokens: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """``tokens[i] @ weight[expert of i]``, weight ``[experts, in, out]``."""
+    from transformers.integrations.moe import _grouped_mm
+
+    product: Tensor = _grouped_mm(tokens, weight, ends)
+    return product
+
+
+def _aria_gemm(token_states: Tensor, expert_weights: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """A Python loop over ``tokens_per_expert``, whose bounds are data."""
+    return _grouped(token_states, expert_weights, tokens_per_expert.cumsum(0).to(torch.int32))
+
+
+def _dbrx_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """A Python loop over the experts that some token chose, which is data."""
+    mlp, shape = self.mlp, (-1, self.ffn_hidden_size, self.hidden_size)
+    flat = hidden_states.reshape(-1, self.hidden_size)
+    tokens, order, ends = _sorted_by_expert(flat, top_k_index, self.num_experts)
+    gate, up = (_grouped(tokens, w.view(shape).transpose(1, 2), ends) for w in (mlp.w1, mlp.v1))
+    down = _grouped(mlp.activation_fn(gate) * up, mlp.w2.view(shape), ends)
+    return _combined(down, order, top_k_weights).view(hidden_states.shape)
+
+
+def _longcat_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The same loop; experts from `num_routed_experts` on pass tokens through."""
+    tokens, order, ends = _sorted_by_expert(hidden_states, top_k_index, self.total_experts)
+    routed = self.num_routed_experts
+    ends = ends[:routed]
+    gate, up = _grouped(tokens, self.gate_up_proj[:routed].transpose(1, 2), ends).chunk(2, dim=-1)
+    states = _grouped(self.act_fn(gate) * up, self.down_proj.transpose(1, 2), ends)
+    passed = top_k_index.reshape(-1)[order] >= routed
+    return _combined(torch.where(passed[:, None], tokens, states), order, top_k_weights)
+
+
+_PATCHES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    ("transformers.models.aria.modeling_aria", "sequential_experts_gemm", _aria_gemm),
+    ("transformers.models.dbrx.modeling_dbrx", "DbrxExperts.forward", _dbrx_experts),
+    ("transformers.models.longcat_flash.modeling_longcat_flash", "LongcatFlashExperts.forward", _longcat_experts),
+)
