@@ -175,7 +175,7 @@ def _check_count(program: Program, sites: list[Site]) -> None:
     if program.expected_layers is not None and program.expected_layers != len(sites):
         found = ", ".join(dict.fromkeys(site.name for site in sites))
         raise UnsupportedGraphError(
-            f"the model has {program.expected_layers} attention layers, {len(sites)} were located: {found}"
+            f"the model attends {program.expected_layers} times, {len(sites)} attentions were located: {found}"
         )
 
 

@@ -62,7 +62,7 @@ class Program:
     """
 
     module: fx.GraphModule
-    expected_layers: int | None = None  # attention layers that the model says it has, where it says so
+    expected_layers: int | None = None  # attentions that the model was seen to run, where that is known
     sites: tuple[Site, ...] = ()
 
     @property

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lethe_compile.capture.softmaxes import AttentionHook, attentions
 from lethe_compile.errors import InputError
 from lethe_compile.models.architectures import ARCHITECTURES
 from lethe_compile.models.tiny import tiny
 from lethe_compile.tools import _matrix, _matrix_checks, inspect_graph
 from lethe_compile.tools._matrix_checks import Verdict, check
-from lethe_compile.tools._replay import AttentionHook, Evictions, attentions, replay
+from lethe_compile.tools._replay import Evictions, replay
 
 ALWAYS = ("llama", "gpt2", "opt", "bloom", "gptj", "gemma2", "gemma3n_text", "gpt_oss", "deepseek_v3", "llama4_text")
 # Refused, and why, as a pattern of the reason: everything else must pass.

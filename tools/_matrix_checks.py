@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from lethe_compile.api import optimize
+from lethe_compile.capture.softmaxes import attentions
 from lethe_compile.config import LetheConfig
 from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.models.architectures import NO_CACHE, build
 from lethe_compile.passes.program import Site
 from lethe_compile.runtime import OptimizedModel
-from lethe_compile.tools._replay import Evictions, attentions, replay
+from lethe_compile.tools._replay import Evictions, replay
 
 LENGTHS = (1, 5, 8, 17, 29)  # astride windows of 7 and chunks of 8
 TOLERANCE = 1e-3  # relative, of logits
@@ -69,7 +70,7 @@ def _check(name: str, verdict: Verdict) -> None:
     fast = optimize(model, _PRUNING)
     _describe(fast, verdict)
     run = _Original(model)
-    expected = attentions(run, _ids(1, LENGTHS[-1]))
+    expected = attentions(run, _ids(2, LENGTHS[-1]))
     if expected != len(fast.sites):
         raise _Failed(f"{len(fast.sites)} attentions located, and the model attends {expected} times")
     for rows in (1, 3):

@@ -13,8 +13,10 @@ from torch import Tensor, fx, nn
 
 from lethe_compile.capture.graph import EXAMPLE_TOKENS, ROLES, Captured, evaluating, example_ids, export, to_program
 from lethe_compile.capture.patches import patched
+from lethe_compile.capture.softmaxes import attentions
 from lethe_compile.errors import UnsupportedGraphError
 
+_COUNTED = 13  # tokens of the sequences on which a model's attentions are counted
 _interface_lock = threading.Lock()
 
 
@@ -35,7 +37,8 @@ def capture_transformers(model: Any) -> Captured:
     wrapped = _Logits(model)
     with _attention_captured(model), patched():
         exported = export(wrapped, example)
-    expected = getattr(config.get_text_config(), "num_hidden_layers", None)
+    with _eager_attention(model):
+        expected = attentions(wrapped.on_ids, ids.new_ones(2, _COUNTED)) or None
 
     def original(inputs: Mapping[str, Tensor]) -> Tensor:
         with evaluating(model), _eager_attention(model):
@@ -56,6 +59,12 @@ class _Logits(nn.Module):
         accepted = inspect.signature(model.forward).parameters
         self.options = {"use_cache": False} if "use_cache" in accepted else {}
         self.positions = "position_ids" in accepted
+
+    def on_ids(self, ids: Tensor) -> Tensor:
+        """Logits of whole sequences without padding."""
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        logits: Tensor = self(ids, positions, torch.ones_like(ids))
+        return logits
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor) -> Tensor:
         positions = {"position_ids": position_ids} if self.positions else {}
