@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import SLIDING, Settings, of
+from .base import SLIDING, Settings
 
 BLT_STACK: Settings = {
     "hidden_size": 64,
@@ -40,17 +40,24 @@ CONFIGS: dict[str, Settings] = {
     },
     "gemma3n_text": {
         **SHARED_KEYS,
-        "final_logit_softcapping": 3.0,
+        "final_logit_softcapping": 0.5,
         "laurel_rank": 8,
         "altup_num_inputs": 2,
         "activation_sparsity_pattern": [0.5, 0.0],
     },
-    "gemma4_text": {**SHARED_KEYS, "enable_moe_block": True, "top_k_experts": 2, "use_double_wide_mlp": True},
+    "gemma4_text": {
+        **SHARED_KEYS,
+        "global_head_dim": 32,
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+        "use_double_wide_mlp": True,
+    },
     "gemma4_unified_text": {
         **SLIDING,
         "num_kv_shared_layers": 2,
         "use_double_wide_mlp": True,
         "use_bidirectional_attention": None,
+        "global_head_dim": 32,
     },
     "hrm_text": {"num_hidden_layers": 2, "H_cycles": 2, "L_cycles": 2, "prefix_lm": False},
     "xlm": {"causal": True, "mask_token_id": 5},
