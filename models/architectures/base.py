@@ -79,6 +79,8 @@ PER_LAYER = {
     "num_attention_heads_per_layer",
 }
 
+UNDECLARED = {"global_head_dim"}  # configurations take these among their keyword arguments
+
 SLIDING: Settings = {
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "full_attention"],

@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from itertools import chain, cycle, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lethe_compile import errors
 
 from . import common, encoders, hybrid, known, moe, sparse, special
-from .base import BASE, PER_LAYER, Settings
+from .base import BASE, PER_LAYER, UNDECLARED, Settings
 
 CONFIGS: dict[str, Settings] = dict(
     chain.from_iterable(group.CONFIGS.items() for group in (common, moe, sparse, hybrid, encoders, special))
 )
 ARCHITECTURES: tuple[str, ...] = tuple(sorted(CONFIGS))
 
-# Factors by which transformers' matrices and embeddings are widened.
-WIDTH = (8.0, 4.0)
-WIDTHS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(
-        ("bert-generation", "biogpt", "blenderbot-small", "bloom", "ctrl", "electra", "jetmoe", "marian", "mbart"),
-        (12.0, 4.0),
-    ),
-    **dict.fromkeys(
-        ("openai-gpt", "pegasus", "plbart", "roc_bert", "xglm", "xlnet", "xmod"),
-        (12.0, 4.0),
-    ),
-    **dict.fromkeys(("nemotron_h", "recurrent_gemma", "zamba2"), (4.0, 4.0)),  # wider recurrences amplify rounding
+
+class Widths(NamedTuple):
+    """How `_widen` changes what transformers draws: two factors, and by their last names parameters set to a value."""
+
+    matrices: float = 8.0
+    embeddings: float = 4.0
+    values: Mapping[str, float] = {}
+
+
+WIDTHS: dict[str, Widths] = {
+    # Their attention is flat with the widths of the others, or they repeat one token.
+    **dict.fromkeys(("bert-generation", "biogpt", "blenderbot-small", "bloom", "ctrl", "electra"), Widths(12.0)),
+    **dict.fromkeys(("jetmoe", "marian", "mbart", "pegasus", "plbart", "roc_bert", "xglm", "xmod"), Widths(12.0)),
+    **dict.fromkeys(("openai-gpt", "xlnet"), Widths(12.0, 24.0)),  # no norm before the first attention
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), Widths(12.0)),
+    **dict.fromkeys(("glm_moe_dsa", "inkling_text", "kimi_linear"), Widths(12.0)),
+    "zaya": Widths(values={"temp": 2.0}),  # the temperature of its attention, which starts at zero
+    # Wider ones would amplify rounding.
+    **dict.fromkeys(("minicpm3", "recurrent_gemma", "youtu", "zamba2"), Widths(4.0)),
+    **dict.fromkeys(("nemotron_h", "roformer"), Widths(6.0)),
     # Tied embeddings, scaled by the square root of the width: wider ones would outweigh every layer.
-    **dict.fromkeys(("gemma", "gemma2", "vaultgemma"), (8.0, 2.0)),
-    **dict.fromkeys(("gemma3_text", "gemma3n_text"), (8.0, 1.0)),
+    **dict.fromkeys(("gemma", "gemma2", "gemma4_text", "gemma4_unified_text", "vaultgemma"), Widths(embeddings=2.0)),
+    **dict.fromkeys(("gemma3_text", "gemma3n_text"), Widths(embeddings=1.0)),
 }
 
 
@@ -47,7 +56,7 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **ove
     torch.manual_seed(seed)
     config = AutoConfig.for_model(name, **_settings(name, _config_class(name), overrides))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # sdpa would drop gemma2's softcap
-    _widen(model, *WIDTHS.get(name, WIDTH))
+    _widen(model, WIDTHS.get(name, Widths()))
     return model.to(dtype).eval()
 
 
@@ -77,7 +86,7 @@ def _settings(name: str, config_class: Any, overrides: Settings) -> Settings:
     merged = {aliases[key]: value for key, value in BASE.items() if key in aliases}
     merged |= {key: value for key, value in BASE.items() if key in declared}
     merged |= {aliases.get(key, key): value for key, value in {**CONFIGS[name], **overrides}.items()}
-    if unknown := sorted(merged.keys() - declared):
+    if unknown := sorted(merged.keys() - declared - UNDECLARED):
         raise errors.ConfigError(f"{config_class.__name__} of {name!r} has no setting {', '.join(unknown)}")
     layers = merged.get(aliases.get("num_hidden_layers", "num_hidden_layers"))
     if layers is not None:
@@ -86,12 +95,12 @@ def _settings(name: str, config_class: Any, overrides: Settings) -> Settings:
     return merged
 
 
-def _widen(model: torch.nn.Module, matrices: float, embeddings: float) -> None:
+def _widen(model: torch.nn.Module, widths: Widths) -> None:
     """Make random weights tell: attention far from uniform, biases that show, and no token that always wins.
 
-    Every parameter of two or more dimensions is scaled, by `embeddings` or `matrices`; what is all zeros (biases, the
-    norms of Gemma) is drawn. Rows of linear layers are centred: behind an activation of positive mean they would push
-    every token the same way, and greedy generation would repeat one token.
+    Parameters of two or more dimensions are scaled; what is all zeros (biases, the norms of Gemma) is drawn. Rows of
+    linear layers are centred: behind an activation of positive mean they would push every token the same way, and
+    greedy generation would repeat one token.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     with torch.no_grad():
@@ -100,8 +109,10 @@ def _widen(model: torch.nn.Module, matrices: float, embeddings: float) -> None:
             weight = getattr(module, "weight", None)
             if inputs is not None and isinstance(weight, torch.Tensor) and id(weight) not in tables:
                 weight.sub_(weight.mean(inputs, keepdim=True))
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if (value := widths.values.get(name.rpartition(".")[2])) is not None:
+                parameter.fill_(value)
             if parameter.dim() >= 2:
-                parameter.mul_(embeddings if id(parameter) in tables else matrices)
+                parameter.mul_(widths.embeddings if id(parameter) in tables else widths.matrices)
             if not parameter.any():
                 parameter.normal_(std=0.05)

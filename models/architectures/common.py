@@ -19,11 +19,15 @@ FULL: dict[str, Settings] = {
     "nanochat": {"final_logit_softcapping": 3.0},
 }
 
+CAPPED: Settings = {"query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.0}
+
 WINDOWED: dict[str, Settings] = {
     **of("ministral3", "mistral", "phi3", "starcoder2", sliding_window=WINDOW),  # in every layer
-    **of("cwm", "exaone4", "gemma3_text", "ministral", "olmo3", **SLIDING),
+    **of("cwm", "exaone4", "ministral", "olmo3", **SLIDING),
     **of("qwen2", "smollm3", use_sliding_window=True, **SLIDING),
-    **of("gemma2", "vaultgemma", query_pre_attn_scalar=20, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma2": {**SLIDING, **CAPPED},
+    "gemma3_text": {**SLIDING, "query_pre_attn_scalar": 20},
+    "vaultgemma": {**SLIDING, **CAPPED},
     "cohere2": {**SLIDING, "logit_scale": 0.5},
     "cohere_compass_text": {
         **SLIDING,
@@ -40,7 +44,5 @@ WINDOWED: dict[str, Settings] = {
         "local_attention": WINDOW,
     },
 }
-for name in ("gemma2", "vaultgemma"):
-    WINDOWED[name] |= SLIDING
 
 CONFIGS: dict[str, Settings] = {**FULL, **WINDOWED}

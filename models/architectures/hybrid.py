@@ -47,7 +47,13 @@ CONFIGS: dict[str, Settings] = {
         "moe_shared_expert_intermediate_size": 32,
         "use_mamba_kernels": False,
     },
-    "recurrent_gemma": {"num_hidden_layers": 6, "attention_window_size": WINDOW, "lru_width": 64, "conv1d_width": 3},
+    "recurrent_gemma": {
+        "logits_soft_cap": 3.0,
+        "num_hidden_layers": 6,
+        "attention_window_size": WINDOW,
+        "lru_width": 64,
+        "conv1d_width": 3,
+    },
     "zamba": {
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid"],

@@ -24,7 +24,7 @@ OTHERS: dict[str, str] = {
     "gpt-sw3": "another name of gpt2, with a tokenizer of its own",
     "llama4": "a composite of text and vision; its text model is llama4_text",
     "mllama": "a composite of text and vision: its text model attends to an image encoder's output",
-    "moshi": "a composite of text and audio codes",
+    "moshi": "the backbone of a speech model: a composite of text and audio codes",
     **dict.fromkeys(("musicgen", "musicgen_melody"), "generates codes of audio, several codebooks at each step"),
     "phi4_multimodal": "a composite of text, vision and audio; its text model is like phi3",
     "qwen3_5": "a composite of text and vision; its text model is qwen3_5_text",

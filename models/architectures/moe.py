@@ -5,8 +5,11 @@ from __future__ import annotations
 from .base import CHUNK, DENSE_AND_SPARSE, GRANITE, LATENT, SLIDING, WINDOW, Settings, of
 
 EXPERTS: dict[str, Settings] = {
-    **of("dots1", "flex_olmo", "glm4_moe", "jetmoe", "minimax_m2", "olmoe", "phimoe", "qwen2_moe", "solar_open"),
-    **of("mixtral", "qwen3_moe", sliding_window=WINDOW),
+    **of("flex_olmo", "glm4_moe", "jetmoe", "minimax_m2", "olmoe", "phimoe", "solar_open"),
+    **of("mixtral", sliding_window=WINDOW),
+    **of("qwen3_moe", use_sliding_window=True, sliding_window=WINDOW, mlp_only_layers=[1]),
+    "qwen2_moe": {**SLIDING, "use_sliding_window": True, "mlp_only_layers": [1]},
+    "dots1": SLIDING,
     **of("granitemoe", "granitemoeshared", **GRANITE),
     **of("hy_v3", initializer_range=0.02, **DENSE_AND_SPARSE),
     "afmoe": {**SLIDING, "num_dense_layers": 1},
