@@ -35,7 +35,9 @@ def optimize(
 
     Args:
         model: a Hugging Face causal LM, a plain module, an `fx.GraphModule`, or an ExportedProgram with dynamic batch
-            and tokens. It is not changed; the result shares its weights.
+            and tokens. It is not changed; the result shares its weights. Of a model wrapped by PEFT, the adapters that
+            are active now are compiled in: to set or disable others later changes nothing, and to merge later changes
+            the weights under the compiled adapters, so merge before.
         config: how to prune; the default is `LetheConfig()`.
         policy: name of the eviction policy, overriding the config's: "lethe", "full" (evicts nothing), or registered.
         example_inputs: for a plain module whose signature is not ``(input_ids[, positions])``.
@@ -71,6 +73,7 @@ def optimize(
         vocab_size=vocab_size(result.program),
         max_positions=max_positions(result.program, getattr(model, "config", None)),
         generation_config=getattr(model, "generation_config", None),
+        hf_config=getattr(model, "config", None),
         backend=chosen,
     )
     if verified:

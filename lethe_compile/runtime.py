@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from lethe_compile.policies.base import RoundState
 from lethe_compile.policies.full import FullPolicy
 from lethe_compile.prompt import check_ids
 from lethe_compile.report import CacheStats, Report
+
+if TYPE_CHECKING:
+    from lethe_compile.hf import LetheForCausalLM
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _ATTEMPTS = 4  # to reserve pages; each but the first after a round that prunes harder
@@ -51,6 +54,8 @@ class OptimizedModel(nn.Module):
         cache: pages, tables and figures of the generation under way, or of the last one.
         kv_memory: most bytes of the cache, or fraction of what is free; see `optimize`. Holds from the next generation.
         on_round: callables that get a `Round` for each layer a round changed.
+        hf_config: the original's transformers config, where it has one.
+        give_way: ends the session of `as_hf()` that holds the cache; None while another generation does, or none.
         vocab_size, max_positions: limits on inputs; `max_positions` is None where the model has none.
     """
 
@@ -63,6 +68,7 @@ class OptimizedModel(nn.Module):
         vocab_size: int,
         max_positions: int | None,
         generation_config: Any = None,
+        hf_config: Any = None,
         backend: tuple[str, str] = ("eager", "asked for"),
     ) -> None:
         super().__init__()
@@ -72,10 +78,11 @@ class OptimizedModel(nn.Module):
         self.graph_module, self.sites = program.module, program.sites
         self.config, self.policy = config, make_policy(config)
         self.vocab_size, self.max_positions = vocab_size, max_positions
-        self.generation_config = generation_config
+        self.generation_config, self.hf_config = generation_config, hf_config
         self.kv_memory: int | float | None = None
         self._allowed_by: int | float | None = None  # the `kv_memory` behind `cache.max_bytes`
         self.on_round: list[Callable[[Round], None]] = []
+        self.give_way: Callable[[], object] | None = None
         self._records = records
         self._dtype: torch.dtype = program.sites[0].node.meta["val"].dtype
         self._device: torch.device = program.input_ids.meta["val"].device
@@ -137,11 +144,23 @@ class OptimizedModel(nn.Module):
         """
         return generation.generate(self, inputs, **options)
 
+    def as_hf(self) -> LetheForCausalLM:
+        """This model for what expects transformers' models: `pipeline("text-generation")`, and loops of one's own.
+
+        Raises:
+            InputError: it was optimized from something else than a transformers model.
+        """
+        from lethe_compile.hf import LetheForCausalLM
+
+        return LetheForCausalLM(self)
+
     def begin(self, rows: int, prompt_lengths: Tensor, new_tokens: int | None = None) -> None:
         """Start a generation of `rows` sequences with an empty cache. Part of `generation.Decoder`.
 
         With `new_tokens`, the most that each row gets, a batch is refused here that might not fit later.
         """
+        if self.give_way is not None:
+            self.give_way()  # whoever goes on with that session is told
         if self._generating:
             raise InputError("this model is generating already: it has one cache; optimize() again for a second one")
         self._rows = rows
@@ -205,18 +224,22 @@ class OptimizedModel(nn.Module):
         self._until_round = 0
 
     @torch.no_grad()
-    def prefill(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Run right-padded prompts ``[rows, T]``; logits ``[rows, vocab_size]`` of each row's last token."""
+    def prefill(self, input_ids: Tensor, lengths: Tensor, *, whole: bool = False) -> Tensor:
+        """Run right-padded prompts ``[rows, T]``; logits ``[rows, vocab_size]`` of each row's last token.
+
+        With `whole`, logits ``[rows, T, vocab_size]`` of all tokens.
+        """
         padded = _padded(lengths, self.cache.rows)
         prompts = padded.cpu().numpy().astype(np.int64)
         self.cache.reserve_rows(prompts)
         self.cache.assume(prompts)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).repeat(len(input_ids), 1)
-        logits = self._run(self.cache, input_ids, positions, lengths, (lengths - 1).clamp(min=0))
+        last = None if whole else (lengths - 1).clamp(min=0)
+        logits = self._run(self.cache, input_ids, positions, lengths, last).float()
         self._next_position.copy_(padded)
         self._ledger.prefill(prompts, self.cache.pages_held())
         self._round(padded > 0)
-        return logits[:, 0].float()
+        return logits if whole else logits[:, 0]
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, active: Tensor) -> Tensor:

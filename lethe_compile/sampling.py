@@ -70,6 +70,17 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 # A checkpoint's hints to transformers' own runtime: they change no token, so only a call that asks for them is refused.
 _NOT_INHERITED = {name for name, (_, reason) in _REFUSED.items() if reason in (_CACHE, _COMPILED)}
+RUNTIME_OFF: Mapping[str, None] = dict.fromkeys(_NOT_INHERITED)
+"""Those hints, with the value that says nothing."""
+
+
+def without_runtime_hints(config: GenerationConfig) -> GenerationConfig:
+    """A copy of a model's defaults that says nothing about caches and compilers."""
+    config = copy.deepcopy(config)
+    for name in RUNTIME_OFF:
+        if hasattr(config, name):
+            setattr(config, name, None)
+    return config
 
 
 def resolve_config(
@@ -91,7 +102,7 @@ def resolve_config(
         config.top_k = DEFAULT_TOP_K
     with _transformers_checks():
         unused = config.update(**options)
-    _refuse({**vars(config), **unused})
+    refuse({**vars(config), **unused})
     unknown = [name for name, value in unused.items() if value is not None and name not in _REFUSED]
     if unknown:
         close = difflib.get_close_matches(unknown[0], vars(config), n=1)
@@ -100,7 +111,8 @@ def resolve_config(
     return config
 
 
-def _refuse(options: Mapping[str, Any]) -> None:
+def refuse(options: Mapping[str, Any]) -> None:
+    """Raises `InputError` for the first option whose value asks for what an optimized model cannot do."""
     for name, (neutral, reason) in _REFUSED.items():
         value = options.get(name)
         if value is not None and value not in neutral:

@@ -22,6 +22,8 @@ from lethe_compile.capture.graph import (
     roles_of,
     to_program,
 )
+from lethe_compile.capture.peft import capture_peft, peft_base
+from lethe_compile.capture.quantized import exportable, is_finite, plain_tensors
 from lethe_compile.capture.transformers import capture_transformers
 from lethe_compile.errors import InputError
 
@@ -35,8 +37,8 @@ def capture(
     """Capture a decoder as a graph.
 
     Args:
-        model: a Hugging Face model, a plain module (an `fx.GraphModule` too), or an ExportedProgram whose batch and
-            token dimensions are dynamic.
+        model: a Hugging Face model, wrapped by PEFT or not, a plain module (an `fx.GraphModule` too), or an
+            ExportedProgram whose batch and token dimensions are dynamic.
         example_inputs: arguments for a plain module, positional or by name, where its signature is not
             ``(input_ids[, positions])``: ``[batch, tokens]`` each. An input of an unknown name is told by its example:
             token ids come first, positions count 0 … T-1 in every row, a mask of padding is all ones.
@@ -50,10 +52,18 @@ def capture(
     if not isinstance(model, nn.Module):
         raise InputError(f"a model to optimize must be a module or an ExportedProgram, not {type(model).__name__}")
     check_weights(model)
-    with evaluating(model):
-        if any(c.__module__ == "transformers.modeling_utils" for c in type(model).__mro__):
+    base = peft_base(model)
+    with evaluating(model), exportable(model):
+        if base is not None and _is_transformers(base):
+            return capture_peft(model, base)
+        if _is_transformers(model):
             return capture_transformers(model)
-        return _capture_module(model, example_inputs)
+        return _capture_module(model if base is None else base, example_inputs)
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    """Whether it is a `PreTrainedModel`, told without importing transformers."""
+    return any(c.__module__ == "transformers.modeling_utils" for c in type(model).__mro__)
 
 
 def check_weights(model: nn.Module) -> None:
@@ -70,9 +80,10 @@ def check_weights(model: nn.Module) -> None:
         raise InputError(f"the model lies on several devices ({places}): move it to one with model.to(device)")
     if "meta" in devices:
         raise InputError(f"the model has no weights: {devices['meta']} is on the meta device")
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise InputError(f"the weights are broken: {name} holds NaN or infinity")
+    for parameter_name, parameter in model.named_parameters():
+        for name, tensor in plain_tensors(parameter_name, parameter):
+            if tensor.is_floating_point() and not is_finite(tensor):
+                raise InputError(f"the weights are broken: {name} holds NaN or infinity")
 
 
 def _capture_program(exported: torch.export.ExportedProgram) -> Captured:
