@@ -74,7 +74,7 @@ class Program:
         return next((n for n in self.placeholders() if n.target == name), None)
 
     def placeholders(self) -> list[fx.Node]:
-        return [n for n in self.graph.nodes if n.op == "placeholder"]
+        return list(self.graph.find_nodes(op="placeholder"))
 
     @property
     def input_ids(self) -> fx.Node:

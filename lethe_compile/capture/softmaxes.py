@@ -27,6 +27,8 @@ class AttentionHook(TorchDispatchMode):
         if func in (aten._softmax.default, aten._safe_softmax.default) and self._over_tokens(args[0]):
             args = (self.edit(self.count, args[0]), *args[1:])
             self.count += 1
+        elif func is aten.logsumexp.default and self._over_tokens(args[0]):  # a sink's, ahead of the softmax
+            args = (self.edit(self.count, args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
 
     def _over_tokens(self, scores: Tensor) -> bool:
