@@ -2,6 +2,7 @@
 
 `lethe::attention_site` marks, in a captured graph, a call of a model's own attention; a pass replaces every one.
 `lethe::attention` is the canonical op: it appends, attends over the retained slots, and scores them by what they got.
+`lethe::recurrent_site` and `lethe::recurrent` are the same pair for a module that keeps state of another kind.
 `lethe::linears` are linear maps of one input, side by side.
 `select`, `hoyer_sparsity` and `compact` run between steps, outside every graph: plain functions that pick a kernel.
 """
@@ -19,6 +20,8 @@ from torch import Tensor
 from lethe_compile.kernels.attention import cpu, reference
 from lethe_compile.kernels.compact import reference as compact_reference
 from lethe_compile.kernels.linear import reference as linear_reference
+from lethe_compile.kernels.recurrent import reference as recurrent_reference
+from lethe_compile.kernels.recurrent.call import registered
 from lethe_compile.kernels.select import reference as select_reference
 
 
@@ -146,6 +149,43 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> T
 @linears.register_fake
 def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     return x.new_empty(*x.shape[:-1], sum(w.shape[0] for w in weights))
+
+
+@torch.library.custom_op("lethe::recurrent_site", mutates_args=())
+def recurrent_site(operands: Sequence[Tensor], padding: Sequence[Tensor], call: int) -> Tensor:
+    """A stateful module over whole sequences without padding, one node in the graph; `call` is its registered number.
+
+    Returns its outputs side by side, ``[rows, tokens, width]``. `padding` are the masks that the model hands it only
+    where rows are padded: they are there to be looked at by passes.
+    """
+    return registered(call).prefill(operands)[0].clone()
+
+
+@recurrent_site.register_fake
+def _(operands: Sequence[Tensor], padding: Sequence[Tensor], call: int) -> Tensor:
+    return _packed(operands, call)
+
+
+def _recurrent(
+    operands: Sequence[Tensor], states: Sequence[Tensor], has_previous_state: Tensor, new_lengths: Tensor, call: int
+) -> Tensor:
+    """`kernels.recurrent.reference.recurrent`; `call` is a registered number."""
+    return recurrent_reference.recurrent(operands, states, has_previous_state, new_lengths, registered(call))
+
+
+def _packed(operands: Sequence[Tensor], call: int) -> Tensor:
+    """What both return, as far as shapes and dtypes go."""
+    module = registered(call)
+    return operands[0].new_empty(*module.sizes(operands), module.width, dtype=module.dtype)
+
+
+torch.library.define(
+    "lethe::recurrent",
+    torch.library.infer_schema(_recurrent, mutates_args=("states",)),
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl("lethe::recurrent", "CompositeExplicitAutograd", torch.no_grad()(_recurrent))
+torch.library.register_fake("lethe::recurrent", lambda operands, states, previous, new, call: _packed(operands, call))
 
 
 def select(mass: Tensor, position: Tensor, length: Tensor, **rule: Any) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Runs a rewritten graph: span by span around its attention ops, compiled by Inductor, and captured as a CUDA graph."""
+"""Runs a rewritten graph: span by span around the ops that carry state, by Inductor, and as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from lethe_compile.passes.program import Program, attribute, same_size, shape_of
 BACKENDS = ("auto", "eager", "inductor", "cudagraphs")
 
 
-def choose_backend(asked: str, device: torch.device) -> tuple[str, str]:
+def choose_backend(asked: str, device: torch.device, *, stateful: bool = False) -> tuple[str, str]:
     """The backend that runs, and why, in words for the report.
+
+    A `stateful` program calls modules of the model, whose code may wait for the device, which no CUDA graph can record:
+    it gets one only if asked for.
 
     Raises:
         ConfigError: an unknown name, or one that this device cannot run.
@@ -36,14 +39,17 @@ def choose_backend(asked: str, device: torch.device) -> tuple[str, str]:
         import triton  # noqa: F401
     except ImportError:
         return "eager", "Triton is not installed: reference kernels"
+    if stateful:
+        why = "no CUDA graphs, since modules that keep other state run the model's own code"
+        return "inductor", f"Triton kernels, Inductor between them; {why}"
     return "cudagraphs", "Triton kernels, Inductor between them, decode steps replayed as CUDA graphs"
 
 
 class Executor:
     """A program as a function ``(ids, positions, new_lengths, cache state) -> logits``.
 
-    With `compiled`, each distinct region between attention ops goes through Inductor once, whatever the number of
-    layers: batch and tokens are dynamic, a single token is a variant of its own.
+    With `compiled`, each distinct region between ops that carry state goes through Inductor once, however many
+    layers there are: batch and tokens are dynamic, a single token is a variant of its own.
     """
 
     def __init__(self, program: Program, compiled: bool) -> None:
@@ -70,7 +76,7 @@ class Executor:
 
     @property
     def _operands(self) -> list[fx.Node]:
-        return [n for node in self.outline.attentions for n in node.all_input_nodes]
+        return [n for node in self.outline.cuts for n in node.all_input_nodes]
 
     def _region(self, module: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
         if not self.compiled:
@@ -89,21 +95,21 @@ class Executor:
         """Logits ``[rows, T, vocab]`` of right-padded ids ``[rows, T]`` at logical positions ``[rows, T]``.
 
         `new_lengths` is ``[rows]`` int32, `state` as `KVCache.inputs`. With `last` ``[rows]``, the column of each row's
-        last token, what follows the last attention is computed for those alone: ``[rows, 1, vocab]``. `verify` has seen
+        last token, what follows the last such op is computed for those alone: ``[rows, 1, vocab]``. `verify` has seen
         that nothing there mixes tokens.
         """
         ids, positions = ids.contiguous(), positions.contiguous()  # so that one compiled region serves every batch
         given = {"input_ids": ids, "positions": positions, "new_lengths": new_lengths, **state}
         values: dict[fx.Node, Any] = {**self._weights, **{n: given[str(n.target)] for n in self._placeholders}}
-        attentions = self.outline.attentions
+        cuts = self.outline.cuts
         for index, span in enumerate(self.outline.spans):
-            final = index == len(attentions)
+            final = index == len(cuts)
             if final and last is not None and self._narrow is not None:
                 for node, dim in self._narrow:
                     values[node] = _at(values[node], dim, last)
             self._call(span, values)
             if not final:
-                node = attentions[index]
+                node = cuts[index]
                 args = fx.node.map_arg(node.args, values.__getitem__)
                 values[node] = node.target(*args)  # type: ignore[operator]
             for dead in self._last_use[index]:
@@ -130,12 +136,12 @@ class Executor:
                 torch._dynamo.maybe_mark_dynamic(value, dim)
 
     def _lifetimes(self) -> list[list[fx.Node]]:
-        """Values, weights apart, that nothing needs after span and attention `index`."""
+        """Values, weights apart, that nothing needs after span and cut `index`."""
         last: dict[fx.Node, int] = {}
         for index, span in enumerate(self.outline.spans):
             last.update(dict.fromkeys((*span.inputs, *span.outputs), index))
-            if index < len(self.outline.attentions):
-                node = self.outline.attentions[index]
+            if index < len(self.outline.cuts):
+                node = self.outline.cuts[index]
                 last.update(dict.fromkeys((node, *node.all_input_nodes), index))
         final = len(self.outline.spans) - 1
         dead: list[list[fx.Node]] = [[] for _ in self.outline.spans]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from lethe_compile.cache import Geometry
 from lethe_compile.config import LetheConfig
+from lethe_compile.kernels.recurrent.call import StatefulCall
 from lethe_compile.passes.base import PassRecord
 from lethe_compile.passes.program import Site
 
@@ -65,11 +66,22 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class StateReport:
+    """One module that carries state of another kind: its path, and shape and dtype of each tensor, for one row."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    bytes_per_row: int
+
+
+@dataclass(frozen=True)
 class Report(_Printable):
     """What `optimize` found, rewrote and refused."""
 
     passes: tuple[PassRecord, ...]
     layers: tuple[LayerReport, ...]
+    states: tuple[StateReport, ...]
     config: LetheConfig
     backend: str
     backend_reason: str
@@ -82,6 +94,7 @@ class Report(_Printable):
         cls,
         records: Sequence[PassRecord],
         sites: Sequence[Site],
+        stateful: Sequence[StatefulCall],
         config: LetheConfig,
         dtype: torch.dtype,
         device: torch.device,
@@ -90,7 +103,8 @@ class Report(_Printable):
     ) -> Report:
         """Gather the report from the passes' records and the sites they left."""
         layers = tuple(_layer(site, dtype) for site in sites)
-        return cls(tuple(records), layers, config, *backend, str(dtype).removeprefix("torch."), str(device), page_size)
+        states = tuple(map(_state, stateful))
+        return cls(tuple(records), layers, states, config, *backend, _short(dtype), str(device), page_size)
 
     @property
     def bytes_per_token(self) -> int:
@@ -107,6 +121,7 @@ class Report(_Printable):
             "device": self.device,
             "passes": [asdict(record) for record in self.passes],
             "layers": [asdict(layer) for layer in self.layers],
+            "states": [asdict(state) for state in self.states],
             "cache": cache,
             "config": self.config.to_dict(),
         }
@@ -119,7 +134,20 @@ class Report(_Printable):
             f" ({self.backend_reason}); policy"
             f" {self.config.policy}; {self.bytes_per_token:,} KV bytes per token, pages of {self.page_size}"
         )
-        return Group(self._pass_table(), self._layer_table(), line)
+        return Group(self._pass_table(), self._layer_table(), line, *self._state_lines())
+
+    def _state_lines(self) -> list[str]:
+        """Modules with the same state on one line: what stays beside the KV cache, whole."""
+        alike: dict[tuple[tuple[int, ...] | str, ...], list[StateReport]] = {}
+        for state in self.states:
+            alike.setdefault((*state.shapes, *state.dtypes), []).append(state)
+        return [
+            f"other state kept, not pruned: {len(states)} modules ({', '.join(state.name for state in states)}), each "
+            + ", ".join(f"{list(shape)} {dtype}" for shape, dtype in zip(one.shapes, one.dtypes, strict=True))
+            + f" a row, {_bytes(one.bytes_per_row)}"
+            for states in alike.values()
+            for one in states[:1]
+        ]
 
     def _pass_table(self) -> Table:
         table = _table("passes", "pass", "nodes", "matches", "refusals")
@@ -158,6 +186,7 @@ class CacheStats(_Printable):
     bytes_peak: int
     bytes_mean: float
     pressed: int = 0  # rounds that pruned harder for lack of pages
+    state_bytes: list[int] = field(default_factory=list)  # [stateful modules]: of all rows, beside the pages
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; a threshold that is never reached and a sparsity never measured are null."""
@@ -187,7 +216,8 @@ class CacheStats(_Printable):
             )
         pressed = f"; {self.pressed} rounds for lack of pages" if self.pressed else ""
         sizes = f"mean {_bytes(self.bytes_mean)}, peak {_bytes(self.bytes_peak)}"
-        return Group(table, f"all sequences: {sizes}{pressed}")
+        kept = f"; other state {_bytes(sum(self.state_bytes))}" if self.state_bytes else ""
+        return Group(table, f"all sequences: {sizes}{pressed}{kept}")
 
 
 def _mask_words(layer: LayerReport) -> str:
@@ -214,6 +244,19 @@ def _layer(site: Site, dtype: torch.dtype) -> LayerReport:
         pool=site.cache_group,
         bytes_per_token=Geometry(site.kv_heads, site.k_dim, site.v_dim).bytes_per_token(dtype),
     )
+
+
+def _state(call: StatefulCall) -> StateReport:
+    return StateReport(
+        name=call.name,
+        shapes=tuple(place.shape for place in call.places),
+        dtypes=tuple(_short(place.dtype) for place in call.places),
+        bytes_per_row=sum(place.bytes_per_row for place in call.places),
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _table(title: str, *columns: str) -> Table:

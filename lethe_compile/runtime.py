@@ -25,6 +25,7 @@ from lethe_compile.policies.base import RoundState
 from lethe_compile.policies.full import FullPolicy
 from lethe_compile.prompt import check_ids
 from lethe_compile.report import CacheStats, Report
+from lethe_compile.states import States
 
 if TYPE_CHECKING:
     from lethe_compile.hf import LetheForCausalLM
@@ -52,6 +53,7 @@ class OptimizedModel(nn.Module):
         config: the `LetheConfig` in force.
         policy: decides at each round what stays.
         cache: pages, tables and figures of the generation under way, or of the last one.
+        states: what layers other than attention carry along, of the same generation.
         kv_memory: most bytes of the cache, or fraction of what is free; see `optimize`. Holds from the next generation.
         on_round: callables that get a `Round` for each layer a round changed.
         hf_config: the original's transformers config, where it has one.
@@ -76,6 +78,8 @@ class OptimizedModel(nn.Module):
         self._executor = Executor(program, compiled=backend[0] != "eager")
         self._graphs: dict[int, DecodeGraph] = {}  # by rows
         self.graph_module, self.sites = program.module, program.sites
+        self.stateful = program.stateful
+        self.stateful_modules = nn.ModuleList(call.module for call in program.stateful)
         self.config, self.policy = config, make_policy(config)
         self.vocab_size, self.max_positions = vocab_size, max_positions
         self.generation_config, self.hf_config = generation_config, hf_config
@@ -89,7 +93,7 @@ class OptimizedModel(nn.Module):
         self.page_size = config.page_size_on(self._device.type)
         tokens = [geometry.bytes_per_token(self._dtype) for geometry in self._geometries()]
         self._page_bytes = np.array(tokens, np.int64)[:, None] * self.page_size  # [layers, 1]
-        self.cache = self._new_cache()
+        self.cache, self.states = self._new_cache(), States(self.stateful, self._device)
         self._generating, self._rows = False, 0
         self.policy.begin(len(self.sites), 0)
         self._reset(torch.zeros(0, dtype=torch.int64))
@@ -118,10 +122,11 @@ class OptimizedModel(nn.Module):
         positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
         if position_ids is not None:
             positions = position_ids.expand_as(ids).gather(1, order)
-        cache = self._new_cache()
+        cache, states = self._new_cache(), States(self.stateful, self._device)
         cache.begin(len(ids))
         cache.reserve_rows(lengths.tolist())
-        logits = self._run(cache, ids, positions, lengths)
+        states.begin(len(ids))
+        logits = self._run(cache, states, ids, positions, lengths)
         return torch.empty_like(logits).scatter_(1, order[:, :, None].expand_as(logits), logits)
 
     def _right_pad(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -172,6 +177,7 @@ class OptimizedModel(nn.Module):
             self.cache.begin(len(prompt_lengths), hint)
         except OutOfPagesError as error:
             raise InputError(f"{rows} sequences do not fit: {error}") from error
+        self.states.begin(len(prompt_lengths))
         self._generating = True
         self.policy.begin(len(self.sites), len(prompt_lengths))
         self._reset(prompt_lengths, new_tokens)
@@ -235,7 +241,8 @@ class OptimizedModel(nn.Module):
         self.cache.assume(prompts)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).repeat(len(input_ids), 1)
         last = None if whole else (lengths - 1).clamp(min=0)
-        logits = self._run(self.cache, input_ids, positions, lengths, last).float()
+        logits = self._run(self.cache, self.states, input_ids, positions, lengths, last).float()
+        self.states.has_previous_state = True
         self._next_position.copy_(padded)
         self._ledger.prefill(prompts, self.cache.pages_held())
         self._round(padded > 0)
@@ -254,10 +261,10 @@ class OptimizedModel(nn.Module):
         if self._graph is not None:
             self._graph.tokens[: self._rows].copy_(tokens)
             self._graph.active[: self._rows].copy_(active)
-            logits = self._graph.replay(self.cache.inputs())[: self._rows]
+            logits = self._graph.replay({**self.cache.inputs(), **self.states.inputs()})[: self._rows]
         else:
             ids = tokens.masked_fill(~active, 0)[:, None]
-            logits = self._run(self.cache, ids, self._next_position[:, None], active)[:, 0].float()
+            logits = self._run(self.cache, self.states, ids, self._next_position[:, None], active)[:, 0].float()
             self._next_position += active
         self._ledger.step()
         return logits
@@ -271,10 +278,16 @@ class OptimizedModel(nn.Module):
             self.cache.end()
 
     def _run(
-        self, cache: KVCache, ids: Tensor, positions: Tensor, new_lengths: Tensor, last: Tensor | None = None
+        self,
+        cache: KVCache,
+        states: States,
+        ids: Tensor,
+        positions: Tensor,
+        new_lengths: Tensor,
+        last: Tensor | None = None,
     ) -> Tensor:
         """Logits of `ids` [rows, T], the cache's first rows, as `Executor.run`."""
-        state = cache.inputs()
+        state = {**cache.inputs(), **states.inputs(len(ids))}
         for name in ("page_table", "length"):
             state[name] = state[name][:, : len(ids)]
         return self._executor.run(ids, positions, new_lengths.to(torch.int32), state, last)
@@ -375,7 +388,7 @@ class OptimizedModel(nn.Module):
     def report(self) -> Report:
         """What the compiler found, rewrote and refused; prints as a table, `to_dict` gives JSON."""
         where = (self._dtype, self._device, self.backend, self.page_size)
-        return Report.of(self._records, self.sites, self.config, *where)
+        return Report.of(self._records, self.sites, self.stateful, self.config, *where)
 
     def cache_stats(self) -> CacheStats:
         """Per layer and sequence: tokens seen and retained, rounds, threshold, Hoyer sparsity, bytes held and freed.
@@ -398,6 +411,7 @@ class OptimizedModel(nn.Module):
             bytes_peak=self.cache.bytes_peak,
             bytes_mean=self.cache.bytes_mean,
             pressed=ledger.pressed,
+            state_bytes=self.states.bytes_of(self._rows),
         )
 
 

@@ -7,6 +7,7 @@ from lethe_compile.passes.classify_masks import ClassifyMasks
 from lethe_compile.passes.fold_repeat_kv import FoldRepeatKV
 from lethe_compile.passes.fuse_projections import FuseProjections
 from lethe_compile.passes.insert_attention import InsertAttention
+from lethe_compile.passes.insert_state import InsertState
 from lethe_compile.passes.locate_attention import LocateAttention
 from lethe_compile.passes.normalize import Normalize
 from lethe_compile.passes.rewrite_positions import RewritePositions
@@ -24,6 +25,7 @@ def pipeline(decay: float | None, peak: bool = False, *, fuse: bool = False) -> 
         FoldRepeatKV(),
         ClassifyMasks(),
         RewritePositions(),
+        InsertState(),
         InsertAttention(decay, peak),
         *fusions,
     )

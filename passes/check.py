@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lethe_compile.errors import VerificationError
 from lethe_compile.passes.program import (
-    CACHED_OP,
+    WRITING_OPS,
     Program,
     attribute,
     is_symbolic,
@@ -20,15 +20,15 @@ from lethe_compile.passes.program import (
     written,
 )
 
-INPUTS = ("input_ids", "position_ids", "attention_mask", "positions", "new_lengths")
-CACHE_INPUTS = ("k_pages_", "v_pages_", "slot_position_", "slot_mass_", "page_table", "length")
+INPUTS = ("input_ids", "position_ids", "attention_mask", "positions", "new_lengths", "has_previous_state")
+CACHE_INPUTS = ("k_pages_", "v_pages_", "slot_position_", "slot_mass_", "page_table", "length", "state_")
 
 
 def check(program: Program) -> None:
     """Check a graph between two passes.
 
     The graph must lint; every value recomputed under FakeTensor must have the shape and dtype on record; the inputs
-    must be known roles, the output one tensor; only the cached op may write, and only inputs.
+    must be known roles, the output one tensor; only the ops that carry state may write, and only inputs.
 
     Raises:
         VerificationError: names the node and what is wrong with it.
@@ -113,7 +113,7 @@ def _check_signature(program: Program) -> None:
 def _check_writes(program: Program) -> None:
     for node in program.graph.nodes:
         for target in written(node):
-            if node.target is not CACHED_OP or target.op != "placeholder":
+            if node.target not in WRITING_OPS or target.op != "placeholder":
                 raise _broken(node, f"{node.target} writes '{target.name}'")
 
 

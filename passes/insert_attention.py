@@ -95,6 +95,9 @@ def _add_inputs(program: Program) -> dict[str, fx.Node]:
     shapes["length"] = ((layers, rows), torch.int32)
     nodes: dict[str, fx.Node] = {}
     for name, (shape, kind) in shapes.items():
+        if (known := program.placeholder(name)) is not None:  # state of another kind needs `new_lengths` too
+            nodes[name] = known
+            continue
         with program.graph.inserting_after(program.placeholders()[-1]):
             nodes[name] = program.graph.placeholder(name)
         with fake_mode_of(program):

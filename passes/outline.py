@@ -1,4 +1,4 @@
-"""Outline repeated layers: cut the graph at its attention ops, and name the spans between them that are one region.
+"""Outline repeated layers: cut the graph at the ops that carry state, and name the spans between that are one region.
 
 In a decoder of n layers the span from one attention to the next (output projection, MLP, norms, the next layer's
 projections) is the same computation n - 1 times, with other weights. It writes nothing, so it can be compiled once, as
@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx
 
-from lethe_compile.passes.program import CACHED_OP, Program, is_call, is_symbolic, same_size, shape_of
+from lethe_compile.passes.program import WRITING_OPS, Program, is_call, is_symbolic, same_size, shape_of
 
 _SIZES = (torch.SymInt, torch.SymBool, torch.SymFloat)
 
 
 @dataclass(frozen=True)
 class Span:
-    """One piece of the graph between two attention ops: a region, and what it is called with.
+    """One piece of the graph between two ops that carry state: a region, and what it is called with.
 
     `inputs` are nodes of the program's graph, weights (`get_attr`) among them, in the order of the region's
     placeholders; `outputs` the nodes that it computes for others, in the order in which the region returns them.
@@ -34,15 +35,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Outline:
-    """Spans ``0 … n`` around attention ops ``0 … n-1``, and the distinct regions that they call."""
+    """Spans ``0 … n`` around the ops ``0 … n-1`` that carry state, and the distinct regions that they call."""
 
     spans: tuple[Span, ...]
-    attentions: tuple[fx.Node, ...]
+    cuts: tuple[fx.Node, ...]
     regions: tuple[fx.GraphModule, ...]
 
 
 def outline(program: Program) -> Outline:
-    """Cut `program` at its cached attention ops.
+    """Cut `program` at its cached attention ops, and at the calls of stateful modules.
 
     before => after::
 
@@ -53,52 +54,53 @@ def outline(program: Program) -> Outline:
     it. Sizes are recomputed in every span, from the shape of one of its inputs.
     """
     graph = program.graph
-    attentions = tuple(n for n in graph.nodes if is_call(n, CACHED_OP))
-    stage = _stages(graph, attentions)
+    cuts = tuple(n for n in graph.nodes if is_call(n, *WRITING_OPS))
+    stage = _stages(graph, cuts)
     spans: list[Span] = []
     regions: list[fx.GraphModule] = []
     known: dict[str, int] = {}
-    for index in range(len(attentions) + 1):
-        outputs = _outputs(graph, attentions, stage, index)
+    for index in range(len(cuts) + 1):
+        outputs = _outputs(graph, cuts, stage, index)
         body = _Body(program, stage, index)
         key, inputs, module = body.build(outputs)
         if key not in known:
             known[key] = len(regions)
             regions.append(module)
         spans.append(Span(known[key], inputs, outputs))
-    return Outline(tuple(spans), attentions, tuple(regions))
+    return Outline(tuple(spans), cuts, tuple(regions))
 
 
 def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), _SIZES)
 
 
-def _stages(graph: fx.Graph, attentions: tuple[fx.Node, ...]) -> dict[fx.Node, int]:
-    """The span in which each node runs: the first of its users', at least the first in which its operands exist."""
-    last = len(attentions)
-    after = {node: index + 1 for index, node in enumerate(attentions)}
+def _stages(graph: fx.Graph, cuts: tuple[fx.Node, ...]) -> dict[fx.Node, int]:
+    """The span in which each node runs: the first of its users', at least the first in which its operands exist.
+
+    What is taken out of a list of tensors stays where the list is made: only tensors pass from span to span.
+    """
+    last = len(cuts)
+    after = {node: index + 1 for index, node in enumerate(cuts)}
     stage: dict[fx.Node, int] = {}
     for node in graph.nodes:
         ready = max((stage[n] for n in node.all_input_nodes), default=0)
         stage[node] = after.get(node, ready)
-    needed = {node: index for index, node in enumerate(attentions)}
+    needed = {node: index for index, node in enumerate(cuts)}
     for node in reversed(list(graph.nodes)):
         if node.op == "output":
             stage[node] = last
-        elif node.op == "call_function" and node not in after and node.users:
+        elif node.op == "call_function" and node not in after and node.users and not is_call(node, getitem):
             stage[node] = max(stage[node], min(needed.get(user, stage[user]) for user in node.users))
     return stage
 
 
-def _outputs(
-    graph: fx.Graph, attentions: tuple[fx.Node, ...], stage: dict[fx.Node, int], index: int
-) -> tuple[fx.Node, ...]:
-    """What span `index` computes for its attention op, for later spans, or as the graph's result; operands first."""
-    operands = attentions[index].all_input_nodes if index < len(attentions) else graph.output_node().all_input_nodes
-    here = [n for n in graph.nodes if n.op == "call_function" and n not in attentions and stage[n] == index]
+def _outputs(graph: fx.Graph, cuts: tuple[fx.Node, ...], stage: dict[fx.Node, int], index: int) -> tuple[fx.Node, ...]:
+    """What span `index` computes for the op after it, for later spans, or as the graph's result; operands first."""
+    operands = cuts[index].all_input_nodes if index < len(cuts) else graph.output_node().all_input_nodes
+    here = [n for n in graph.nodes if n.op == "call_function" and n not in cuts and stage[n] == index]
     outputs = dict.fromkeys(n for n in operands if n in here)
     for node in here:
-        if not _is_size(node) and any(stage[user] > index or user in attentions[index + 1 :] for user in node.users):
+        if not _is_size(node) and any(stage[user] > index or user in cuts[index + 1 :] for user in node.users):
             outputs.setdefault(node)
     return tuple(outputs)
 
@@ -128,7 +130,7 @@ class _Body:
         """True: computed here; False: comes in as a tensor; None: a size, computed wherever it is needed."""
         if _is_size(node):
             return None
-        return node.op == "call_function" and self.stage[node] == self.index and not is_call(node, CACHED_OP)
+        return node.op == "call_function" and self.stage[node] == self.index and not is_call(node, *WRITING_OPS)
 
     def _walk(self, root: fx.Node) -> Iterator[fx.Node]:
         """Nodes that `root` needs here, operands first, each once over all roots."""

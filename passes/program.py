@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, fx
 
 import lethe_compile.kernels.ops  # noqa: F401  (registers the operators)
+from lethe_compile.kernels.recurrent.call import StatefulCall
 
 SITE_OP = torch.ops.lethe.attention_site.default
 BIAS = 5  # its place among the arguments of an `attention_site`
 CACHED_OP = torch.ops.lethe.attention.default
+STATEFUL_SITE_OP = torch.ops.lethe.recurrent_site.default
+STATEFUL_OP = torch.ops.lethe.recurrent.default
+WRITING_OPS = (CACHED_OP, STATEFUL_OP)
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,14 @@ class Program:
     """A decoder graph ``(placeholders) -> logits [B, T, vocab]`` between two passes, free of writes.
 
     Placeholders are named by role: `input_ids` is always there, `position_ids` and `attention_mask` while the graph
-    takes them. After insertion the inputs are `input_ids`, `positions`, `new_lengths` and the cache's tensors, which
-    the cached op alone writes.
+    takes them. After insertion the inputs are `input_ids`, `positions`, `new_lengths`, the cache's tensors, which the
+    cached op alone writes, and the state of stateful modules, which `lethe::recurrent` alone writes.
     """
 
     module: fx.GraphModule
     expected_layers: int | None = None  # attentions that the model was seen to run, where that is known
     sites: tuple[Site, ...] = ()
+    stateful: tuple[StatefulCall, ...] = ()  # the calls behind `recurrent_site` nodes, later `lethe::recurrent`
 
     @property
     def graph(self) -> fx.Graph:

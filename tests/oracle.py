@@ -57,7 +57,11 @@ class Recorder:
 
 @contextmanager
 def hidden_in_transformers(recorder: Recorder, row: int) -> Iterator[None]:
-    """Every eager attention of transformers also hides what was evicted from its layer."""
+    """The n-th eager attention of a forward of transformers also hides what was evicted from layer n.
+
+    Layers of another kind have no eager attention, and modules that several layers share have no number of their own.
+    """
+    calls = iter(range(10_000))
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **options: Any
@@ -67,7 +71,7 @@ def hidden_in_transformers(recorder: Recorder, row: int) -> Iterator[None]:
         scores = query @ key.transpose(2, 3) * scaling
         if options.get("softcap"):
             scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
-        visible = recorder.visible(module.layer_idx, row, query.shape[2], query.device)
+        visible = recorder.visible(next(calls), row, query.shape[2], query.device)
         scores = (scores + mask).masked_fill(~visible, -torch.inf)
         return (scores.softmax(-1) @ value).transpose(1, 2), None
 

@@ -8,11 +8,20 @@ import torch
 import lethe_compile as lethe
 from lethe_compile.executor import choose_backend
 from lethe_compile.models.tiny import tiny
+from tests.hybrids import hybrid
 
 
 def test_a_cpu_runs_the_graph_with_its_own_kernels() -> None:
     backend, reason = choose_backend("auto", torch.device("cpu"))
     assert backend == "eager" and "CPU kernels" in reason
+
+
+def test_stateful_modules_get_a_cuda_graph_only_if_asked_for() -> None:
+    pytest.importorskip("triton", reason="without it a GPU runs the reference kernels, with any model")
+    assert choose_backend("auto", torch.device("cuda"))[0] == "cudagraphs"
+    backend, reason = choose_backend("auto", torch.device("cuda"), stateful=True)
+    assert backend == "inductor" and "no CUDA graphs, since modules that keep other state" in reason
+    assert choose_backend("cudagraphs", torch.device("cuda"), stateful=True)[0] == "cudagraphs"
 
 
 def test_what_cannot_run_is_refused() -> None:
@@ -44,3 +53,15 @@ def test_layers_are_compiled_once_and_tokens_are_the_same() -> None:
     assert max(map(max, fast.cache_stats().rounds)) > 2, "the cache must have shrunk in between"
     # First, middle and last region; the first two for a prompt and for a single token.
     assert counters["stats"]["unique_graphs"] == 5
+
+
+@pytest.mark.parametrize("name", ["lfm2", pytest.param("zaya", marks=pytest.mark.slow)])
+def test_regions_between_stateful_modules_are_compiled(name: str) -> None:
+    model = hybrid(name)
+    config = lethe.LetheConfig(max_tokens=48, prune_threshold=16, prune_interval=8, page_size=4)
+    eager = lethe.optimize(model, config, backend="eager", verified=False)
+    fast = lethe.optimize(model, config, backend="inductor", verified=False)
+    ids = torch.randint(3, 97, (3, 14))
+    options = {"do_sample": False, "max_new_tokens": 60, "eos_token_id": None, "pad_token_id": 0}
+    assert fast.generate(ids, **options).tolist() == eager.generate(ids, **options).tolist()
+    assert max(map(max, fast.cache_stats().rounds)) > 2, "the cache must have shrunk in between"

@@ -21,6 +21,7 @@ from lethe_compile.memory import allowance, available_bytes, check_kv_memory
 from lethe_compile.models.tiny import tiny
 from lethe_compile.policies import Policy, make_policy
 from lethe_compile.policies.base import RoundState
+from lethe_compile.states import States
 from tests.oracle import Recorder, replay
 
 CONFIG = lethe.LetheConfig(sparse_ratio=1e9, prune_threshold=16, prune_interval=4, page_size=4)
@@ -207,7 +208,13 @@ class Driven:
         fast._run = self.run  # type: ignore[method-assign]
 
     def run(
-        self, cache: KVCache, ids: Tensor, positions: Tensor, new_lengths: Tensor, last: Tensor | None = None
+        self,
+        cache: KVCache,
+        states: States,
+        ids: Tensor,
+        positions: Tensor,
+        new_lengths: Tensor,
+        last: Tensor | None = None,
     ) -> Tensor:
         state = cache.inputs()
         rows, steps = ids.shape

@@ -43,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = run_pipeline(captured.program, passes, observe)
     site = result.program.sites[0]
     device = result.program.input_ids.meta["val"].device
-    where = (site.node.meta["val"].dtype, device, choose_backend("auto", device), config.page_size_on(device.type))
-    report = Report.of(result.records, result.program.sites, config, *where)
+    stateful = result.program.stateful
+    backend = choose_backend("auto", device, stateful=bool(stateful))
+    where = (site.node.meta["val"].dtype, device, backend, config.page_size_on(device.type))
+    report = Report.of(result.records, result.program.sites, stateful, config, *where)
     Console().print(report)
     if options.json is not None:
         options.json.write_text(report.to_json() + "\n")

@@ -6,6 +6,7 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 from lethe_compile.capture.graph import EXAMPLE_TOKENS, ROLES, Captured, evaluating, example_ids, export, to_program
 from lethe_compile.capture.patches import patched
 from lethe_compile.capture.softmaxes import attentions
+from lethe_compile.capture.stateful import find_stateful, stateful_captured
 from lethe_compile.errors import UnsupportedGraphError
 
 _COUNTED = 13  # tokens of the sequences on which a model's attentions are counted
@@ -35,10 +37,11 @@ def capture_transformers(model: Any) -> Captured:
     positions = torch.arange(EXAMPLE_TOKENS, device=ids.device).expand_as(ids).contiguous()
     example = {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
     wrapped = _Logits(model)
-    with _attention_captured(model), patched():
-        exported = export(wrapped, example)
     with _eager_attention(model):
+        found = find_stateful(model, wrapped.with_cache)
         expected = attentions(wrapped.on_ids, ids.new_ones(2, _COUNTED)) or None
+    with _attention_captured(model), stateful_captured(found), patched():
+        exported = export(wrapped, example)
 
     def original(inputs: Mapping[str, Tensor]) -> Tensor:
         with evaluating(model), _eager_attention(model):
@@ -46,6 +49,7 @@ def capture_transformers(model: Any) -> Captured:
             return logits
 
     program = to_program(exported, {role: role for role in ROLES}, expected)
+    program = replace(program, stateful=tuple(site.call for site in found.sites))
     _name_from_the_model(program.graph)
     return Captured(program, original)
 
@@ -57,7 +61,8 @@ class _Logits(nn.Module):
         super().__init__()
         self.model = model
         accepted = inspect.signature(model.forward).parameters
-        self.options = {"use_cache": False} if "use_cache" in accepted else {}
+        passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+        self.options = {"use_cache": False} if "use_cache" in accepted or passes_on else {}
         self.positions = "position_ids" in accepted
 
     def on_ids(self, ids: Tensor) -> Tensor:
@@ -71,6 +76,23 @@ class _Logits(nn.Module):
         output = self.model(input_ids=input_ids, attention_mask=attention_mask, **positions, **self.options)
         logits: Tensor = output.logits
         return logits
+
+    def with_cache(self, rows: int, tokens: int, cache: Any) -> None:
+        """Run the model on so many tokens with a cache of its own, or on the token that follows them in `cache`."""
+        if not self.options:
+            return
+        device = next(self.model.parameters()).device
+        ids = (torch.arange(rows * (tokens + 1), device=device) % self._vocabulary()).view(rows, tokens + 1)
+        positions = torch.arange(tokens + 1, device=device).expand_as(ids)
+        part = slice(tokens, tokens + 1) if cache is not None else slice(tokens)
+        options: dict[str, Any] = {"position_ids": positions[:, part].contiguous()} if self.positions else {}
+        if cache is not None:
+            options["past_key_values"] = cache
+        self.model(input_ids=ids[:, part].contiguous(), use_cache=True, **options)
+
+    def _vocabulary(self) -> int:
+        embeddings: Any = self.model.get_input_embeddings  # a method of every Hugging Face model
+        return int(embeddings().weight.shape[0])
 
 
 def _name_from_the_model(graph: fx.Graph) -> None:
