@@ -99,8 +99,15 @@ def _outputs(graph: fx.Graph, cuts: tuple[fx.Node, ...], stage: dict[fx.Node, in
     operands = cuts[index].all_input_nodes if index < len(cuts) else graph.output_node().all_input_nodes
     here = [n for n in graph.nodes if n.op == "call_function" and n not in cuts and stage[n] == index]
     outputs = dict.fromkeys(n for n in operands if n in here)
-    for node in here:
-        if not _is_size(node) and any(stage[user] > index or user in cuts[index + 1 :] for user in node.users):
+    later = set(cuts[index + 1 :])
+
+    def serves_later(user: fx.Node) -> bool:
+        if stage[user] > index or user in later:
+            return True
+        return _is_size(user) and not is_call(user, torch.ops.aten.sym_size) and any(map(serves_later, user.users))
+
+    for node in here:  # a size that is read off data is read again in every span
+        if not _is_size(node) and any(map(serves_later, node.users)):
             outputs.setdefault(node)
     return tuple(outputs)
 
