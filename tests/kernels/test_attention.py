@@ -425,13 +425,13 @@ def site(**changes: Any) -> dict[str, Any]:
     rng = torch.Generator().manual_seed(0)
     shapes = {"query": (2, 6, 5, 16), "key": (2, 3, 5, 16), "value": (2, 3, 5, 8)}
     tensors = {name: torch.randn(*shape, generator=rng) for name, shape in shapes.items()}
-    options = {"mask": None, "sinks": None, "scale": 0.25, "softcap": None, "window": None, "layer": 0}
+    options = {"mask": None, "sinks": None, "bias": None, "scale": 0.25, "softcap": None, "window": None, "layer": 0}
     return {**tensors, **options, **changes}
 
 
 def test_opcheck_attention_site() -> None:
     mask = torch.full((5, 5), -math.inf).triu(1)
-    torch.library.opcheck(torch.ops.lethe.attention_site.default, (), site(mask=mask, sinks=torch.zeros(6)))
+    torch.library.opcheck(torch.ops.lethe.attention_site.default, (), site(mask=mask, sinks=torch.zeros(6), bias=torch.ones(6, 5, 5)))
 
 
 @pytest.mark.parametrize("boolean", [False, True])
