@@ -431,7 +431,8 @@ def site(**changes: Any) -> dict[str, Any]:
 
 def test_opcheck_attention_site() -> None:
     mask = torch.full((5, 5), -math.inf).triu(1)
-    torch.library.opcheck(torch.ops.lethe.attention_site.default, (), site(mask=mask, sinks=torch.zeros(6), bias=torch.ones(6, 5, 5)))
+    arguments = site(mask=mask, sinks=torch.zeros(6), bias=torch.ones(6, 5, 5))
+    torch.library.opcheck(torch.ops.lethe.attention_site.default, (), arguments)
 
 
 @pytest.mark.parametrize("boolean", [False, True])
