@@ -200,7 +200,7 @@ def test_bitsandbytes_int8_layers(name: str, dtype: torch.dtype, tmp_path: Path)
     """GPT-2's layers have biases."""
     model = bitsandbytes(name, tmp_path, dtype)
     fast = lethe.optimize(model, policy="full")
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    tolerance = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 4e-2}[dtype]  # of 24, 11 and 8 bits
     assert distance(fast(IDS), logits(model)) < tolerance
     assert distance(fast(IDS), logits(loaded(name, tmp_path, dtype))) > 5e-3, "it must be quantised"
     assert sum(p.dtype == torch.int8 for p in fast.parameters()) >= 8, "weights stay 8 bits wide in the graph"

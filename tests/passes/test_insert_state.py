@@ -87,5 +87,5 @@ def test_a_call_that_got_lost_is_refused(program: Program) -> None:
 
 def test_an_attention_too_many_or_too_few_is_refused(program: Program) -> None:
     assert program.expected_layers == 2, "as many as cache keys and values, of four layers"
-    with pytest.raises(UnsupportedGraphError, match="the model has 3 attention layers, 2 were located"):
+    with pytest.raises(UnsupportedGraphError, match="the model attends 3 times, 2 attentions were located"):
         run_pipeline(replace(program, expected_layers=3), pipeline(0.9))
