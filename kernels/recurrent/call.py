@@ -163,7 +163,7 @@ class StatefulCall:
     def pack(self, returned: Any) -> Tensor:
         """What the module returns as one tensor ``[rows, tokens, width]``."""
         leaves = tree_flatten(returned)[0]
-        flat = [leaves[output.leaf].flatten(2) for output in self.outputs]
+        flat = [leaf.reshape(*leaf.shape[:2], -1) for leaf in (leaves[output.leaf] for output in self.outputs)]
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
 
     def unpack(self, packed: Tensor) -> Any:
@@ -171,9 +171,9 @@ class StatefulCall:
         if len(self.outputs) == 1 and len(self.outputs[0].shape) == 1:
             parts = [packed]
         else:
-            widths = [prod(output.shape) for output in self.outputs]
-            pieces = packed.split(widths, dim=-1)
-            parts = [piece.unflatten(2, output.shape) for piece, output in zip(pieces, self.outputs, strict=True)]
+            pieces = packed.split([prod(output.shape) for output in self.outputs], dim=-1)
+            shapes = [(*packed.shape[:2], *output.shape) for output in self.outputs]
+            parts = [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
         leaves = [parts[leaf.index] if isinstance(leaf, Operand) else leaf for leaf in self.returned.leaves]
         return tree_unflatten(leaves, self.returned.structure)
 

@@ -79,7 +79,7 @@ def outputs_of(
             kept.append(leaf)
         elif _layout(leaf, others[index], steps[index]) == Layout(0, 1) and leaf.is_floating_point():
             kept.append(Operand(len(outputs)))
-            outputs.append(Output(index, tuple(leaf.shape[2:]) or (1,)))
+            outputs.append(Output(index, tuple(leaf.shape[2:])))
         else:
             kept.append(Unread(f"a result of {name} that is no sequence"))
     dtypes = {leaves[output.leaf].dtype for output in outputs}

@@ -39,7 +39,7 @@ class Decaying(nn.Module):
             state = token + 1 if state is None else state / 2 + token
             out.append(state + shift[:, len(out)].mT)
         cache["layers"][1]["state"] = state
-        return torch.stack(out, 1), torch.stack(out, 1).sum((2, 3), keepdim=True)
+        return torch.stack(out, 1), torch.stack(out, 1).sum((2, 3))
 
 
 def call() -> StatefulCall:
@@ -52,7 +52,7 @@ def call() -> StatefulCall:
         layouts=(Layout(0, 1), Layout(None, 1)),
         whole=Arguments(tuple(template), structure),
         step=Arguments(tuple(template), structure),
-        outputs=(Output(0, (3, 2)), Output(1, (1, 1))),
+        outputs=(Output(0, (3, 2)), Output(1, ())),
         returned=Arguments(tuple(returned), result),
         dtype=torch.float64,
         places=(Place(False, ("layers", 1, "state"), (3, 2), torch.float64),),
@@ -66,7 +66,7 @@ def alone(x: Tensor, shift: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Packed outputs and state of one row ``[T, 3, 2]`` of `length` tokens."""
     cache: dict[str, Any] = {"layers": [{}, {}]}
     out, total = Decaying()(x[None, :length], shift=shift[:, :length], cache=cache)
-    return torch.cat([out.flatten(2), total.flatten(2)], -1)[0], cache["layers"][1]["state"][0]
+    return torch.cat([out.flatten(2), total[..., None]], -1)[0], cache["layers"][1]["state"][0]
 
 
 def inputs(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -109,6 +109,14 @@ def test_rows_go_on_from_their_state(lengths: list[int]) -> None:
         expected, left = alone(x[row], shift, 2 + length)
         torch.testing.assert_close(out[row, :length], expected[2:], rtol=0, atol=0)
         torch.testing.assert_close(state[row], left if length else before[row], rtol=0, atol=0)
+
+
+def test_what_is_packed_unpacks_to_what_the_module_returns() -> None:
+    x, shift = inputs(2, 5)
+    args, kwargs = call().whole.fill((x, shift), {"layers": [{}, {}]})
+    returned = Decaying()(*args, **kwargs)
+    unpacked = call().unpack(call().pack(returned))
+    assert [torch.equal(*pair) for pair in zip(unpacked, returned, strict=True)] == [True, True]
 
 
 def test_a_single_token_moves_active_rows_alone() -> None:
