@@ -3,6 +3,8 @@
 `lethe::attention_site` marks, in a captured graph, a call of a model's own attention; a pass replaces every one.
 `lethe::attention` is the canonical op: it appends, attends over the retained slots, and scores them by what they got.
 `lethe::recurrent_site` and `lethe::recurrent` are the same pair for a module that keeps state of another kind.
+`lethe::columns_site`, `lethe::visible_site` and `lethe::columns`, `lethe::visible` are the same pairs for what a mask
+that depends on the content needs of earlier tokens.
 `lethe::linears` are linear maps of one input, side by side.
 `select`, `hoyer_sparsity` and `compact` run between steps, outside every graph: plain functions that pick a kernel.
 """
@@ -10,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lethe_compile.kernels.attention import cpu, reference
+from lethe_compile.kernels.by_position import reference as by_position
 from lethe_compile.kernels.compact import reference as compact_reference
 from lethe_compile.kernels.linear import reference as linear_reference
 from lethe_compile.kernels.recurrent import reference as recurrent_reference
@@ -81,6 +84,7 @@ def _attention(
     layer: int,
     decay: float | None,
     peak: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Cached attention of one layer; `page_table` and `length` hold all layers: ``[layers, rows, …]``.
 
@@ -88,7 +92,9 @@ def _attention(
     """
     table, retained = page_table[layer], length[layer]
     kernel: Callable[..., Tensor] = reference.attention
-    if query.is_cpu and cpu.serves(query, k_pages, v_pages, table, retained + new_lengths):
+    if bias is not None:
+        kernel = partial(kernel, bias=bias)  # by the reference: no other kernel takes one
+    elif query.is_cpu and cpu.serves(query, k_pages, v_pages, table, retained + new_lengths):
         kernel = cpu.attention
     elif _use_triton(query) and query.dtype != torch.float64:
         from lethe_compile.kernels.decode import triton as decode
@@ -186,6 +192,79 @@ torch.library.define(
 )
 torch.library.impl("lethe::recurrent", "CompositeExplicitAutograd", torch.no_grad()(_recurrent))
 torch.library.register_fake("lethe::recurrent", lambda operands, states, previous, new, call: _packed(operands, call))
+
+
+@torch.library.custom_op("lethe::columns_site", mutates_args=())
+def columns_site(new: Tensor, seen: Tensor, layer: int, offset: int) -> Tensor:
+    """Values of every token of a whole sequence, as a mask over keys reads them: ``[rows, T, width]`` is all there is.
+
+    A pass has it cached beside the keys of `layer`. Returns ``[rows, P, width]`` for seen ``[P]``, P = T.
+    """
+    return torch.nn.functional.pad(new, (0, 0, 0, len(seen) - new.shape[1]))
+
+
+@torch.library.custom_op("lethe::visible_site", mutates_args=())
+def visible_site(ids: Tensor, seen: Tensor, window: int | None, chunked: bool, layer: int) -> Tensor:
+    """What each token of a whole sequence ids ``[rows, T]`` sees in `layer`: bool ``[rows, T, P]`` for seen ``[P]``."""
+    steps = torch.arange(ids.shape[1], device=ids.device)
+    age = steps[:, None] - seen
+    allowed = age >= 0
+    if window is not None:
+        allowed &= age <= steps[:, None] % window if chunked else age < window
+    return allowed.repeat(len(ids), 1, 1)
+
+
+def _columns(
+    new: Tensor,
+    k_pages: Tensor,
+    slot_position: Tensor,
+    page_table: Tensor,
+    length: Tensor,
+    positions: Tensor,
+    new_lengths: Tensor,
+    seen: Tensor,
+    k_dim: int,
+    offset: int,
+    layer: int,
+) -> Tensor:
+    """`kernels.by_position.reference.columns`; `page_table` and `length` hold all layers."""
+    state = (k_pages, slot_position, page_table[layer], length[layer])
+    return by_position.columns(new, *state, positions, new_lengths, seen, k_dim=k_dim, offset=offset)
+
+
+def _visible(
+    slot_position: Tensor,
+    page_table: Tensor,
+    length: Tensor,
+    positions: Tensor,
+    new_lengths: Tensor,
+    seen: Tensor,
+    window: int | None,
+    chunked: bool,
+    layer: int,
+) -> Tensor:
+    """`kernels.by_position.reference.visible`; `page_table` and `length` hold all layers."""
+    state = (slot_position, page_table[layer], length[layer])
+    return by_position.visible(*state, positions, new_lengths, seen, window=window, chunked=chunked)
+
+
+def _columns_of(new: Tensor, seen: Tensor) -> Tensor:
+    return new.new_empty(new.shape[0], seen.shape[0], new.shape[2])
+
+
+def _visible_of(tokens: Tensor, seen: Tensor) -> Tensor:
+    return tokens.new_empty(*tokens.shape, seen.shape[0], dtype=torch.bool)
+
+
+columns_site.register_fake(lambda new, seen, layer, offset: _columns_of(new, seen))
+visible_site.register_fake(lambda ids, seen, window, chunked, layer: _visible_of(ids, seen))
+for _name, _function in (("columns", _columns), ("visible", _visible)):
+    torch.library.define(
+        f"lethe::{_name}", torch.library.infer_schema(_function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag
+    )
+    torch.library.impl(f"lethe::{_name}", "CompositeExplicitAutograd", torch.no_grad()(_function))
+torch.library.register_fake("lethe::columns", lambda *args: _columns_of(args[0], args[7]))
+torch.library.register_fake("lethe::visible", lambda *args: _visible_of(args[3], args[5]))
 
 
 def select(mass: Tensor, position: Tensor, length: Tensor, **rule: Any) -> tuple[Tensor, Tensor]:

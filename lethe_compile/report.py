@@ -242,7 +242,7 @@ def _layer(site: Site, dtype: torch.dtype) -> LayerReport:
         softcap=site.softcap,
         sinks=site.sinks,
         pool=site.cache_group,
-        bytes_per_token=Geometry(site.kv_heads, site.k_dim, site.v_dim).bytes_per_token(dtype),
+        bytes_per_token=Geometry(*site.geometry).bytes_per_token(dtype),
     )
 
 

@@ -126,7 +126,8 @@ class OptimizedModel(nn.Module):
         cache.begin(len(ids))
         cache.reserve_rows(lengths.tolist())
         states.begin(len(ids))
-        logits = self._run(cache, states, ids, positions, lengths)
+        furthest = ids.shape[1] if position_ids is None else int(positions.max()) + 1
+        logits = self._run(cache, states, ids, positions, lengths, furthest)
         return torch.empty_like(logits).scatter_(1, order[:, :, None].expand_as(logits), logits)
 
     def _right_pad(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -227,7 +228,7 @@ class OptimizedModel(nn.Module):
         self._new_tokens = new_tokens
         self._live = np.zeros(len(prompt_lengths), np.int64)  # 1 for a row that may take part in the next steps
         self._ledger = Ledger(len(self.sites), len(prompt_lengths))
-        self._until_round = 0
+        self._until_round = self._furthest = 0
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, lengths: Tensor, *, whole: bool = False) -> Tensor:
@@ -241,7 +242,8 @@ class OptimizedModel(nn.Module):
         self.cache.assume(prompts)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).repeat(len(input_ids), 1)
         last = None if whole else (lengths - 1).clamp(min=0)
-        logits = self._run(self.cache, self.states, input_ids, positions, lengths, last).float()
+        self._furthest = input_ids.shape[1]
+        logits = self._run(self.cache, self.states, input_ids, positions, lengths, self._furthest, last).float()
         self.states.has_previous_state = True
         self._next_position.copy_(padded)
         self._ledger.prefill(prompts, self.cache.pages_held())
@@ -258,13 +260,15 @@ class OptimizedModel(nn.Module):
             self._round(_padded(active, self.cache.rows))
         self._until_round -= 1
         self.cache.assume(self._live)
+        self._furthest += 1
         if self._graph is not None:
             self._graph.tokens[: self._rows].copy_(tokens)
             self._graph.active[: self._rows].copy_(active)
             logits = self._graph.replay({**self.cache.inputs(), **self.states.inputs()})[: self._rows]
         else:
             ids = tokens.masked_fill(~active, 0)[:, None]
-            logits = self._run(self.cache, self.states, ids, self._next_position[:, None], active)[:, 0].float()
+            positions = self._next_position[:, None]
+            logits = self._run(self.cache, self.states, ids, positions, active, self._furthest)[:, 0].float()
             self._next_position += active
         self._ledger.step()
         return logits
@@ -284,10 +288,13 @@ class OptimizedModel(nn.Module):
         ids: Tensor,
         positions: Tensor,
         new_lengths: Tensor,
+        furthest: int,
         last: Tensor | None = None,
     ) -> Tensor:
-        """Logits of `ids` [rows, T], the cache's first rows, as `Executor.run`."""
+        """Logits of `ids` [rows, T], the cache's first rows, as `Executor.run`; all positions are below `furthest`."""
         state = {**cache.inputs(), **states.inputs(len(ids))}
+        if any(site.content for site in self.sites):
+            state["seen"] = torch.arange(furthest, device=self._device)
         for name in ("page_table", "length"):
             state[name] = state[name][:, : len(ids)]
         return self._executor.run(ids, positions, new_lengths.to(torch.int32), state, last)
@@ -378,7 +385,7 @@ class OptimizedModel(nn.Module):
         return tuple(site.mask.window if site.mask else None for site in self.sites)
 
     def _geometries(self) -> list[Geometry]:
-        return [Geometry(site.kv_heads, site.k_dim, site.v_dim) for site in self.sites]
+        return [Geometry(*site.geometry) for site in self.sites]
 
     def _new_cache(self) -> KVCache:
         return KVCache(self._geometries(), page_size=self.page_size, dtype=self._dtype, device=self._device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lethe_compile.passes.base import Pass
 from lethe_compile.passes.classify_masks import ClassifyMasks
+from lethe_compile.passes.content_masks import ContentMasks
 from lethe_compile.passes.fold_repeat_kv import FoldRepeatKV
 from lethe_compile.passes.fuse_projections import FuseProjections
 from lethe_compile.passes.insert_attention import InsertAttention
@@ -23,6 +24,7 @@ def pipeline(decay: float | None, peak: bool = False, *, fuse: bool = False) -> 
         Normalize(),
         LocateAttention(),
         FoldRepeatKV(),
+        ContentMasks(),
         ClassifyMasks(),
         RewritePositions(),
         InsertState(),

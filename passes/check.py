@@ -20,7 +20,7 @@ from lethe_compile.passes.program import (
     written,
 )
 
-INPUTS = ("input_ids", "position_ids", "attention_mask", "positions", "new_lengths", "has_previous_state")
+INPUTS = ("input_ids", "position_ids", "attention_mask", "positions", "new_lengths", "has_previous_state", "seen")
 CACHE_INPUTS = ("k_pages_", "v_pages_", "slot_position_", "slot_mass_", "page_table", "length", "state_")
 
 

@@ -17,15 +17,8 @@ from lethe_compile.passes.alibi import alibi_slopes
 from lethe_compile.passes.base import Note, PassResult, refuse
 from lethe_compile.passes.evaluate import evaluate, sample_inputs
 from lethe_compile.passes.mask_constants import SMALL, Constants, NotABand, constants_of, substitution
-from lethe_compile.passes.program import BIAS, SITE_OP, Mask, Program, Site, ancestors, is_call, remove_dead
+from lethe_compile.passes.program import BIAS, SHAPE_ONLY, SITE_OP, Mask, Program, Site, ancestors, is_call, remove_dead
 
-aten = torch.ops.aten
-
-# Calls that take no more than the shape of their operand.
-_SHAPE_ONLY = (
-    *(aten.sym_size, aten.ones_like, aten.zeros_like, aten.full_like, aten.empty_like),
-    *(aten.new_ones, aten.new_zeros, aten.new_full, aten.new_empty),
-)
 _STANDINS = ((7, 13, 19, 25), (10, 18, 29, 42))  # in place of large constants: small, and each moved differently
 _PADDING = 5
 _LONGEST = 4096  # tokens to evaluate a mask on at most
@@ -54,6 +47,9 @@ class ClassifyMasks:
         proved: dict[fx.Node, Mask] = {}
         sites, notes = [], []
         for site in program.sites:
+            if site.content:  # its mask was proved where it was kept
+                sites.append(site)
+                continue
             operand = site.node.args[3]
             if not isinstance(operand, fx.Node):
                 raise refuse("its attention is not causal: it has no mask", program, site.layer, "is it a decoder?")
@@ -66,8 +62,9 @@ class ClassifyMasks:
             biased = "" if site.node.args[BIAS] is None else ", ALiBi"
             notes.append(Note(site.node.name, f"{mask.kind}{window}{biased}: proved on {operand.name}", site.layer))
         for site in sites:
-            site.node.update_arg(3, None)
-            site.node.update_arg(BIAS, None)
+            if not site.content:
+                site.node.update_arg(3, None)
+                site.node.update_arg(BIAS, None)
         remove_dead(program.graph)
         program.module.recompile()
         return PassResult(replace(program, sites=tuple(sites)), tuple(notes))
@@ -89,7 +86,7 @@ def prove(program: Program, mask: fx.Node) -> Mask:
     Raises:
         NotABand: it is not a causal band, with the reason.
     """
-    nodes = ancestors(mask, stop=_SHAPE_ONLY)
+    nodes = ancestors(mask, stop=SHAPE_ONLY)
     if any(is_call(n, SITE_OP) for n in nodes):
         raise NotABand("its mask depends on what other layers compute")
     if any(n is program.input_ids and _is_read(n, nodes) for n in nodes):
@@ -106,7 +103,7 @@ def prove(program: Program, mask: fx.Node) -> Mask:
 
 
 def _is_read(ids: fx.Node, nodes: Sequence[fx.Node]) -> bool:
-    return any(user in nodes and not is_call(user, *_SHAPE_ONLY) for user in ids.users)
+    return any(user in nodes and not is_call(user, *SHAPE_ONLY) for user in ids.users)
 
 
 def _sample_length(constants: Constants, standin: dict[int, int]) -> int:
@@ -139,7 +136,7 @@ def _band(
     program: Program, mask: fx.Node, tokens: int, substitute: Callable[[fx.Node, Any], Any] | None = None
 ) -> Mask:
     """What the mask is on samples of `tokens` and fewer tokens."""
-    padded = any(n.op == "placeholder" and n.target == "attention_mask" for n in ancestors(mask, stop=_SHAPE_ONLY))
+    padded = any(n.op == "placeholder" and n.target == "attention_mask" for n in ancestors(mask, stop=SHAPE_ONLY))
     found = Mask()
     for length in (tokens, max(1, tokens - tokens // 4)):
         inputs = sample_inputs(length, padding=min(_PADDING, length // 2) if padded else 0, device=program.device)
@@ -180,6 +177,8 @@ def _width(allowed: Tensor, real: Tensor) -> Mask:
     found = Mask()
     if len(blind):
         first = int(blind[0])
+        if first == 0:
+            raise NotABand("its mask hides every key from the first query")
         found = Mask(first, chunked=first > 1 and int(allowed[0, first].sum()) == 1)
     expected = _visible(found, real.cumsum(1) - 1) & real[:, None, :]
     if not bool((allowed == expected)[real].all()):

@@ -11,7 +11,20 @@ from torch import fx
 from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.passes.base import Note, PassResult, refuse
 from lethe_compile.passes.check import fake_mode_of
-from lethe_compile.passes.program import CACHED_OP, Program, Site, remove_dead, same_size, shape_of, source_of
+from lethe_compile.passes.program import (
+    CACHED_OP,
+    COLUMNS_OP,
+    COLUMNS_SITE_OP,
+    VISIBLE_OP,
+    VISIBLE_SITE_OP,
+    Program,
+    Site,
+    is_call,
+    remove_dead,
+    same_size,
+    shape_of,
+    source_of,
+)
 
 _PAGES, _PAGE, _MAX_PAGES = 8, 16, 4  # example sizes of the cache inputs; the op reads real ones when it runs
 
@@ -39,11 +52,12 @@ class InsertAttention:
     def run(self, program: Program) -> PassResult:
         _drop_input(program, "attention_mask")
         state = _add_inputs(program)
+        columns = _columns(program, state)
         sites, notes = [], []
         for site in program.sites:
             if site.mask is None:
                 raise refuse("its mask was not classified", program, site.layer)
-            node = _insert(program, site, state, (self.decay, self.peak))
+            node = _insert(program, site, state, columns.get(site.layer, []), (self.decay, self.peak))
             sites.append(replace(site, node=node))
             notes.append(Note(node.name, f"cached in pool {site.cache_group}", site.layer))
         remove_dead(program.graph)
@@ -87,7 +101,7 @@ def _add_inputs(program: Program) -> dict[str, fx.Node]:
     shapes: dict[str, tuple[tuple[Any, ...], torch.dtype]] = {"new_lengths": ((rows,), torch.int32)}
     for site in program.sites:
         pool = (_PAGES, site.kv_heads, _PAGE)
-        shapes[f"k_pages_{site.cache_group}"] = ((*pool, site.k_dim), dtype)
+        shapes[f"k_pages_{site.cache_group}"] = ((*pool, site.k_dim + site.columns), dtype)
         shapes[f"v_pages_{site.cache_group}"] = ((*pool, site.v_dim), dtype)
         shapes[f"slot_position_{site.cache_group}"] = ((_PAGES, _PAGE), torch.int32)
         shapes[f"slot_mass_{site.cache_group}"] = ((_PAGES, _PAGE), torch.float32)
@@ -105,15 +119,67 @@ def _add_inputs(program: Program) -> dict[str, fx.Node]:
     return nodes
 
 
-def _insert(program: Program, site: Site, state: dict[str, fx.Node], score: tuple[float | None, bool]) -> fx.Node:
-    query, key, value, _, sinks, *_ = site.node.args
+def _columns(program: Program, state: dict[str, fx.Node]) -> dict[int, list[fx.Node]]:
+    """Replace what masks read of earlier tokens by reads of the cache; by layer, the values to cache, in order."""
+    found: dict[int, list[fx.Node]] = {}
+    graph, shared = program.graph, (state["page_table"], state["length"], program.placeholder("positions"))
+    for node in list(graph.nodes):
+        if not is_call(node, COLUMNS_SITE_OP, VISIBLE_SITE_OP):
+            continue
+        layer = int(node.args[2 if is_call(node, COLUMNS_SITE_OP) else 4])
+        site = program.sites[layer]
+        slot_position, k_pages = (state[f"{name}_{site.cache_group}"] for name in ("slot_position", "k_pages"))
+        rest = (slot_position, *shared, state["new_lengths"], node.args[1])
+        if is_call(node, COLUMNS_SITE_OP):
+            new, _, _, offset = node.args
+            found.setdefault(layer, []).append(new)  # made in the order of their offsets
+            target, args = COLUMNS_OP, (new, k_pages, *rest, site.k_dim, offset, layer)
+        else:
+            target, args = VISIBLE_OP, (*rest, node.args[2], node.args[3], layer)
+        with graph.inserting_before(node):
+            inserted = graph.call_function(target, args)
+        node.replace_all_uses_with(inserted)
+        graph.erase_node(node)
+    return found
+
+
+def _with_columns(program: Program, site: Site, columns: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
+    """Query and key of a site, the key followed by the values to cache, the query by zeros, which leave scores alone."""
+    graph, (query, key) = program.graph, site.node.args[:2]
+    if not columns:
+        return query, key
+    aten, ids = torch.ops.aten, program.input_ids
+    rows, tokens = (graph.call_function(aten.sym_size.int, (ids, dim)) for dim in (0, 1))
+    spare = site.kv_heads * site.columns - sum(int(shape_of(c)[2]) for c in columns)
+    if spare:  # KV heads that do not divide what is cached
+        columns = [*columns, graph.call_function(aten.new_zeros.default, (columns[0], [rows, tokens, spare]))]
+    packed = graph.call_function(aten.cat.default, (columns, -1))
+    packed = graph.call_function(aten.reshape.default, (packed, [rows, tokens, site.kv_heads, site.columns]))
+    packed = graph.call_function(aten.transpose.int, (packed, 1, 2))
+    packed = graph.call_function(aten.to.dtype, (packed, key.meta["val"].dtype))
+    zeros = graph.call_function(aten.new_zeros.default, (query, [rows, site.heads, tokens, site.columns]))
+    query, key = (graph.call_function(aten.cat.default, (pair, -1)) for pair in ([query, zeros], [key, packed]))
+    return query, key
+
+
+def _insert(
+    program: Program,
+    site: Site,
+    state: dict[str, fx.Node],
+    columns: list[fx.Node],
+    score: tuple[float | None, bool],
+) -> fx.Node:
+    _, _, value, _, sinks, bias, *_ = site.node.args
     assert site.mask is not None
     mask, slopes = site.mask, _slopes(program, site)
     group = site.cache_group
     pool = [state[f"{name}_{group}"] for name in ("k_pages", "v_pages", "slot_position", "slot_mass")]
     tables = [state["page_table"], state["length"], program.placeholder("positions"), state["new_lengths"]]
     options = (sinks, slopes, site.scale, mask.window, mask.chunked, site.softcap, site.layer, *score)
+    if site.content:
+        options = (*options, bias)
     with program.graph.inserting_before(site.node):
+        query, key = _with_columns(program, site, columns)
         node = program.graph.call_function(CACHED_OP, (query, key, value, *pool, *tables, *options))
     node.meta.update(site.node.meta)
     node.meta.pop("lethe_operands", None)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lethe_compile.passes.program import WRITING_OPS, Program, is_call, is_symbolic, same_size, shape_of
+from lethe_compile.passes.program import STATE_OPS, Program, is_call, is_symbolic, same_size, shape_of
 
 _SIZES = (torch.SymInt, torch.SymBool, torch.SymFloat)
 
@@ -54,7 +54,7 @@ def outline(program: Program) -> Outline:
     it. Sizes are recomputed in every span, from the shape of one of its inputs.
     """
     graph = program.graph
-    cuts = tuple(n for n in graph.nodes if is_call(n, *WRITING_OPS))
+    cuts = tuple(n for n in graph.nodes if is_call(n, *STATE_OPS))
     stage = _stages(graph, cuts)
     spans: list[Span] = []
     regions: list[fx.GraphModule] = []
@@ -137,7 +137,7 @@ class _Body:
         """True: computed here; False: comes in as a tensor; None: a size, computed wherever it is needed."""
         if _is_size(node):
             return None
-        return node.op == "call_function" and self.stage[node] == self.index and not is_call(node, *WRITING_OPS)
+        return node.op == "call_function" and self.stage[node] == self.index and not is_call(node, *STATE_OPS)
 
     def _walk(self, root: fx.Node) -> Iterator[fx.Node]:
         """Nodes that `root` needs here, operands first, each once over all roots."""

@@ -17,7 +17,18 @@ BIAS = 5  # its place among the arguments of an `attention_site`
 CACHED_OP = torch.ops.lethe.attention.default
 STATEFUL_SITE_OP = torch.ops.lethe.recurrent_site.default
 STATEFUL_OP = torch.ops.lethe.recurrent.default
+COLUMNS_SITE_OP = torch.ops.lethe.columns_site.default
+COLUMNS_OP = torch.ops.lethe.columns.default
+VISIBLE_SITE_OP = torch.ops.lethe.visible_site.default
+VISIBLE_OP = torch.ops.lethe.visible.default
 WRITING_OPS = (CACHED_OP, STATEFUL_OP)
+# Calls that take no more than the shape of their operand.
+SHAPE_ONLY = (
+    *(torch.ops.aten.sym_size, torch.ops.aten.ones_like, torch.ops.aten.zeros_like, torch.ops.aten.full_like),
+    *(torch.ops.aten.empty_like, torch.ops.aten.new_ones, torch.ops.aten.new_zeros, torch.ops.aten.new_full),
+    torch.ops.aten.new_empty,
+)
+STATE_OPS = (*WRITING_OPS, COLUMNS_OP, VISIBLE_OP)  # those that write the state, and those that only read it
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,14 @@ class Site:
     sinks: bool
     mask: Mask | None = None
     slopes: tuple[float, ...] | None = None  # ALiBi's, one a head: a score falls by slope * (q - p)
-    cache_group: int = 0  # which page pool: layers of equal (kv_heads, k_dim, v_dim) share one
+    content: bool = False  # the bias is an operand by position, computed from the tokens of the sequence
+    columns: int = 0  # numbers cached beside each key for that
+    cache_group: int = 0  # which page pool: layers of one geometry share one
+
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        """(KV heads, numbers a key, numbers a value) as they are cached."""
+        return self.kv_heads, self.k_dim + self.columns, self.v_dim
 
 
 @dataclass(frozen=True)
@@ -97,7 +115,7 @@ class Program:
 def with_cache_groups(sites: Sequence[Site]) -> tuple[Site, ...]:
     """Number the page pools: layers of one KV geometry share a pool."""
     groups: dict[tuple[int, int, int], int] = {}
-    return tuple(replace(s, cache_group=groups.setdefault((s.kv_heads, s.k_dim, s.v_dim), len(groups))) for s in sites)
+    return tuple(replace(s, cache_group=groups.setdefault(s.geometry, len(groups))) for s in sites)
 
 
 def is_call(node: Any, *targets: Any) -> bool:

@@ -86,7 +86,7 @@ def _refuse_other_counts(program: Program) -> None:
         if not users or not any(is_call(n, aten.sym_size) and n.args[1] == 1 for n in ancestors(node)):
             continue
         samples = (torch.zeros(2, tokens, dtype=torch.int64, device=program.device) for tokens in (9, 1))
-        several, one = (evaluate(program.module, node, {"input_ids": ids, "positions": ids}) for ids in samples)
+        several, one = (evaluate(program.module, node, {"input_ids": ids, "positions": ids, "seen": ids[0]}) for ids in samples)
         if not isinstance(several, Tensor):
             varies = any(is_call(user, *_ELEMENTWISE) for user in users)
         elif any(size != 9 for size, least in zip(several.shape, one.shape, strict=True) if size != least):

@@ -30,6 +30,7 @@ def attention(
     slopes: Tensor | None = None,
     decay: float | None = None,
     peak: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Append the new tokens of one layer, attend over all it retains, update each slot's attention mass.
 
@@ -49,6 +50,7 @@ def attention(
         sinks: ``[heads]`` logits of a learned column that takes probability and gives nothing, or None.
         slopes: ``[heads]`` of ALiBi: a score falls by ``slope * (q - p)``; or None.
         decay: gamma of ``s_t = gamma * s_{t-1} + sum over heads and queries of A_t`` (Lethe, RASR); None: mass stays.
+        bias: ``[rows, 1 | heads, T, P]``, added to a query's score of the key at position p; or None.
 
     Returns:
         ``[rows, heads, T, v_dim]``; zero where a query is padding.
@@ -73,6 +75,10 @@ def attention(
     age = positions[:, :, None] - stored[:, None, :]  # [rows, T, N]
     if slopes is not None:
         scores = scores - slopes.to(compute).view(kv_heads, -1, 1, 1) * age[:, None, None]
+    if bias is not None:
+        at = stored.clamp(0, bias.shape[3] - 1).long()[:, None, None].expand(-1, bias.shape[1], steps, -1)
+        added = bias.gather(3, at).to(compute)  # [rows, 1 | heads, T, N]
+        scores = scores + (added[:, None] if added.shape[1] == 1 else added.unflatten(1, (kv_heads, -1)))
     visible = (age >= 0) & (slots < total[:, None])[:, None, :] & is_query[:, :, None]
     if window is not None:
         visible &= age <= positions[:, :, None] % window if chunked else age < window

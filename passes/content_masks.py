@@ -1,0 +1,309 @@
+"""Content masks: a mask computed from the tokens themselves goes on as an operand, over positions instead of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from lethe_compile.passes.axes import KEYS, QUERIES, Axes, Signature, operands_of, token_dims
+from lethe_compile.passes.base import Note, PassResult, refuse
+from lethe_compile.passes.check import fake_mode_of
+from lethe_compile.passes.classify_masks import prove
+from lethe_compile.passes.evaluate import evaluate, sample_inputs
+from lethe_compile.passes.mask_constants import NotABand
+from lethe_compile.passes.program import (
+    BIAS,
+    COLUMNS_SITE_OP,
+    SHAPE_ONLY,
+    SITE_OP,
+    VISIBLE_SITE_OP,
+    Mask,
+    Program,
+    Site,
+    ancestors,
+    is_call,
+    is_symbolic,
+    remove_dead,
+    same_size,
+    shape_of,
+    with_cache_groups,
+)
+
+aten = torch.ops.aten
+
+# Calls that only arrange what a token has: cached is what they arrange.
+_LAYOUT = (aten.transpose, aten.permute, aten.unsqueeze, aten.squeeze, aten.to, aten.contiguous, aten.slice)
+_SAMPLE = 13  # tokens on which it is seen what a mask's values mean
+_EXAMPLE = 23  # positions of the input `seen` that the graph is checked with
+
+
+@dataclass(frozen=True)
+class ContentMasks:
+    """Keep masks and biases that depend on the content of the sequence as operands, over the positions seen so far.
+
+    ``attention_site(q, k, v, mask [B, h, T, T], …)``  =>  ``attention_site(q, k, v, None, …, bias [B, h, T, P])``
+
+    The sub-graph that relates tokens to tokens is made anew, for the new tokens as queries, T, and all positions as
+    keys, P, which the new input ``seen [P]`` counts. What it takes of each token as a key is cached beside the keys,
+    ``columns_site(x [B, T, n], seen) -> [B, P, n]``, and lost with the token; masks within it that depend on positions
+    alone are proved to be causal bands, and become ``visible_site(…) -> [B, T, P]``, where what was evicted is hidden
+    as later tokens are. So whatever ranks keys ranks those that the layer retains.
+
+    Conditions: the sub-graph reads queries as one and keys as the other of its dimensions, see `passes.axes`; it hides
+    keys by at least one band; what is cached is no wider a type than the keys.
+    """
+
+    name: ClassVar[str] = "content-masks"
+
+    def run(self, program: Program) -> PassResult:
+        content = _content(program)
+        affected = [s for s in program.sites if any(operand in content for operand in _operands(s))]
+        if not affected:
+            return PassResult(program)
+        seen, shared = _add_seen(program), _Shared(program, content)
+        sites, notes = list(program.sites), []
+        for site in affected:
+            try:
+                sites[site.layer] = done = _Rewriter(program, site, seen, shared).rewrite()
+            except NotABand as reason:
+                raise refuse(str(reason), program, site.layer) from reason
+            cached = f"{done.columns} numbers cached beside each key" if done.columns else "nothing cached"
+            notes.append(Note(site.node.name, f"its mask reads the content: kept as an operand, {cached}", site.layer))
+        remove_dead(program.graph)
+        program.module.recompile()
+        return PassResult(replace(program, sites=with_cache_groups(sites)), tuple(notes))
+
+
+def _operands(site: Site) -> list[fx.Node]:
+    """The site's mask and bias, those that it has."""
+    return [n for n in (site.node.args[3], site.node.args[BIAS]) if isinstance(n, fx.Node)]
+
+
+def _content(program: Program) -> set[fx.Node]:
+    """Nodes whose values depend on the token ids, and not on their number alone."""
+    found = {program.input_ids}
+    for node in program.graph.nodes:
+        if not is_call(node, *SHAPE_ONLY) and any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _relating(program: Program) -> set[fx.Node]:
+    """Nodes that relate tokens to tokens, and what is made of them; what attention gives belongs to one token again."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        follows = any(n in found for n in node.all_input_nodes) and not is_call(node, SITE_OP, *SHAPE_ONLY)
+        if follows or len(token_dims(node, program)) > 1:
+            found.add(node)
+    return found
+
+
+def _add_seen(program: Program) -> fx.Node:
+    """The new input ``seen [P]`` int64: 0 … P-1, beyond the position of every token."""
+    with program.graph.inserting_after(program.placeholders()[-1]):
+        node = program.graph.placeholder("seen")
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    example = torch.empty(_EXAMPLE, dtype=torch.int64, device=program.device)
+    node.meta["val"] = fake_mode_of(program).from_tensor(example, symbolic_context=context)
+    return node
+
+
+class _Shared:
+    """What the sites of one program share: what is known of its nodes, and nodes that were made anew."""
+
+    def __init__(self, program: Program, content: set[fx.Node]) -> None:
+        self.program, self.content, self.relating = program, content, _relating(program)
+        self.bands: dict[fx.Node, Mask | None] = {}
+        self.made: dict[tuple[fx.Node, Signature], fx.Node] = {}
+        self.axes = Axes(program, self.is_leaf)
+
+    def is_leaf(self, node: fx.Node) -> bool:
+        """Whether a value is taken as it is: what a token has of its own, a size of the input, a band."""
+        if node.op != "call_function" or is_call(node, aten.sym_size, aten.arange):
+            return True
+        if isinstance(node.meta["val"], torch.SymInt):
+            return False
+        if node in self.relating:
+            return self.band(node) is not None
+        return node in self.content or not token_dims(node, self.program)
+
+    def band(self, node: fx.Node) -> Mask | None:
+        """The band that a mask is, proved, if it depends on positions alone and is one."""
+        if node not in self.bands:
+            fits = len(shape_of(node)) > 2 and len(token_dims(node, self.program)) == 2
+            alone = fits and self.content.isdisjoint(ancestors(node, stop=(aten.sym_size,)))
+            self.bands[node] = self._prove(node) if alone else None
+        return self.bands[node]
+
+    def _prove(self, node: fx.Node) -> Mask | None:
+        allows = node
+        with self.program.graph.inserting_after(node):
+            if _denies(self.program, node):
+                allows = self.program.graph.call_function(aten.logical_not.default, (node,))
+        try:
+            return prove(self.program, allows)
+        except NotABand:
+            return None
+        finally:
+            if allows is not node:
+                self.program.graph.erase_node(allows)
+
+
+class _Rewriter:
+    """Makes the bias of one site anew."""
+
+    def __init__(self, program: Program, site: Site, seen: fx.Node, shared: _Shared) -> None:
+        self._program, self._site, self._seen, self._shared = program, site, seen, shared
+        self._graph, self._axes = program.graph, shared.axes
+        self._bands: dict[tuple[fx.Node, Signature], fx.Node] = {}
+        self._found: set[Mask] = set()
+        self._width = 0  # numbers cached for this layer so far
+
+    def rewrite(self) -> Site:
+        node = self._site.node
+        with self._graph.inserting_before(node):
+            terms = [self._operand(n) for n in _operands(self._site)]
+            bias = terms[0] if len(terms) == 1 else self._graph.call_function(aten.add.Tensor, tuple(terms))
+        node.update_arg(3, None)
+        node.update_arg(BIAS, bias)
+        if not self._found:
+            raise NotABand("its mask depends on the content of the sequence, and nothing in it hides later tokens")
+        mask = self._found.pop() if len(self._found) == 1 else Mask()
+        columns = -(-self._width // self._site.kv_heads)
+        return replace(self._site, mask=mask, content=True, columns=columns)
+
+    def _operand(self, operand: fx.Node) -> fx.Node:
+        """A mask or bias ``[B, h, T, T]`` as what is added to scores ``[B, h, T, P]``."""
+        readings = [s for s in self._axes.readings(operand) if len(s) == 4 and s[2:] == (QUERIES, KEYS)]
+        if not readings:
+            raise NotABand(
+                "its mask depends on the content of the sequence in a way that does not tell queries from keys"
+            )
+        node = self._make(operand, readings[0])
+        if operand.meta["val"].dtype != torch.bool:
+            return node
+        zero = self._graph.call_function(aten.zeros.default, ([],), {"device": self._program.device})
+        return self._graph.call_function(aten.where.ScalarOther, (node, zero, -torch.inf))
+
+    def _make(self, node: fx.Node, signature: Signature) -> fx.Node:
+        """The node that computes that reading of `node`."""
+        if node in self._shared.relating and self._shared.band(node) is not None:
+            return self._visible(node, signature)
+        made = self._shared.made
+        if (node, signature) not in made:
+            if self._shared.is_leaf(node):
+                made[node, signature] = self._given(node, signature)
+            else:
+                made[node, signature] = self._again(node, signature)
+        return made[node, signature]
+
+    def _again(self, node: fx.Node, signature: Signature) -> fx.Node:
+        is_size = isinstance(node.meta["val"], torch.SymInt)  # one that is made of others counts keys
+        if node not in self._shared.relating and not is_size and KEYS not in _flat(signature):
+            return node
+        operands = self._axes.readings(node)[signature].operands
+        new = iter([self._make(n, s) for n, s in zip(operands_of(node), operands, strict=True)])
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: next(new))
+        made = self._graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        made.meta.update({key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta})
+        return made
+
+    def _given(self, node: fx.Node, signature: Signature) -> fx.Node:
+        if KEYS not in _flat(signature):
+            return node
+        if is_call(node, aten.sym_size):
+            return self._graph.call_function(aten.sym_size.int, (self._seen, 0))
+        if node is self._program.placeholder("position_ids"):
+            rows = self._graph.call_function(aten.sym_size.int, (self._program.input_ids, 0))
+            return self._graph.call_function(aten.expand.default, (self._seen, [rows, -1]))
+        if node in self._shared.content:
+            return self._cached(node)
+        raise NotABand(f"its mask takes '{node.name}' of earlier tokens, which is not understood")
+
+    def _cached(self, node: fx.Node) -> fx.Node:
+        """A value of each token ``[B, …, T, …]`` as one of each position, ``[B, …, P, …]``."""
+        chain: list[fx.Node] = []
+        while self._arranges(node):
+            chain.append(node)
+            node = node.args[0]  # type: ignore[assignment]
+        shape, dim = shape_of(node), token_dims(node, self._program)[0]
+        rest = [d for d in range(1, len(shape)) if d != dim]
+        self._check_cached(node, [shape[d] for d in rest])
+        sizes = [shape[d] for d in rest]
+        rows, tokens = (self._graph.call_function(aten.sym_size.int, (self._program.input_ids, d)) for d in (0, 1))
+        count = self._graph.call_function(aten.sym_size.int, (self._seen, 0))
+        width = torch.Size(sizes).numel()
+        order = [0, dim, *rest]
+        flat = self._graph.call_function(aten.permute.default, (node, order))
+        flat = self._graph.call_function(aten.reshape.default, (flat, [rows, tokens, width]))
+        offset, self._width = self._width, self._width + width
+        options = (self._site.layer, offset)
+        value = self._graph.call_function(COLUMNS_SITE_OP, (flat, self._seen, *options))
+        value = self._graph.call_function(aten.reshape.default, (value, [rows, count, *sizes]))
+        value = self._graph.call_function(aten.permute.default, (value, [order.index(d) for d in range(len(order))]))
+        for arranging in reversed(chain):
+            value = self._graph.call_function(arranging.target, (value, *arranging.args[1:]), dict(arranging.kwargs))  # type: ignore[arg-type]
+        return value
+
+    def _arranges(self, node: fx.Node) -> bool:
+        """Whether `node` does no more than arrange its operand, which is a value of each token as well."""
+        if not is_call(node, *_LAYOUT) or len(node.all_input_nodes) != 1:
+            return False
+        if is_call(node, aten.slice) and not all(map(same_size, shape_of(node), shape_of(node.args[0]))):
+            return False
+        source = node.all_input_nodes[0]
+        return len(token_dims(source, self._program)) == 1 and same_size(shape_of(source)[0], self._rows)
+
+    @property
+    def _rows(self) -> Any:
+        return shape_of(self._program.input_ids)[0]
+
+    def _check_cached(self, node: fx.Node, sizes: Iterable[Any]) -> None:
+        keys, kind = self._site.node.args[1].meta["val"].dtype, node.meta["val"].dtype  # type: ignore[union-attr]
+        shape = ", ".join(map(str, shape_of(node)))
+        if not same_size(shape_of(node)[0], self._rows) or any(map(is_symbolic, sizes)):
+            raise NotABand(f"its mask takes '{node.name}' [{shape}] of earlier tokens, which is not one value a token")
+        if not (kind.is_floating_point or kind == torch.bool) or torch.promote_types(kind, keys) != keys:
+            raise NotABand(f"its mask takes '{node.name}' of earlier tokens, {kind}, which cannot be kept as {keys}")
+
+    def _visible(self, node: fx.Node, signature: Signature) -> fx.Node:
+        """What the band computed at `node` becomes: what is visible of the tokens that this layer retains."""
+        band = self._shared.band(node)
+        assert band is not None
+        self._found.add(band)
+        if (node, signature) in self._bands:
+            return self._bands[node, signature]
+        options = (band.window, band.chunked, self._site.layer)
+        value = self._graph.call_function(VISIBLE_SITE_OP, (self._program.input_ids, self._seen, *options))
+        for _ in range(len(signature) - 3):
+            value = self._graph.call_function(aten.unsqueeze.default, (value, 1))
+        kind = node.meta["val"].dtype
+        if kind != torch.bool:
+            zero = self._graph.call_function(aten.zeros.default, ([],), {"dtype": kind, "device": self._program.device})
+            denying = float(_sample(self._program, node).min())
+            value = self._graph.call_function(aten.where.ScalarOther, (value, zero, denying))
+        elif _denies(self._program, node):
+            value = self._graph.call_function(aten.logical_not.default, (value,))
+        self._bands[node, signature] = value
+        return value
+
+
+def _sample(program: Program, node: fx.Node) -> Tensor:
+    value: Tensor = evaluate(program.module, node, sample_inputs(_SAMPLE, device=program.device))
+    return value
+
+
+def _denies(program: Program, node: fx.Node) -> bool:
+    """Whether a boolean mask says what is hidden, as the last token is from the first query."""
+    return node.meta["val"].dtype == torch.bool and bool(_sample(program, node)[..., 0, -1].all())
+
+
+def _flat(signature: Signature) -> tuple[int, ...]:
+    if isinstance(signature, int):
+        return (signature,)
+    return tuple(size for part in signature for size in _flat(part))
