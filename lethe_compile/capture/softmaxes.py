@@ -1,4 +1,4 @@
-"""How often a model attends, as PyTorch's dispatcher sees it run: softmaxes over tokens."""
+"""How often a model attends, as PyTorch's dispatcher sees it run: softmaxes over tokens, and what ranks keys before."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ aten = torch.ops.aten
 class AttentionHook(TorchDispatchMode):
     """Calls `edit(index, scores)` on the operand ``[..., tokens, tokens (+ 1)]`` of each softmax over tokens.
 
+    And, with the index of the softmax that follows, on what ranks keys for it: the operand of a `topk` over tokens, and
+    of a maximum over blocks of them, ``[..., tokens, blocks, size]``.
+
     Attributes:
         count: softmaxes over tokens met so far.
     """
@@ -27,14 +30,22 @@ class AttentionHook(TorchDispatchMode):
         if func in (aten._softmax.default, aten._safe_softmax.default) and self._over_tokens(args[0]):
             args = (self.edit(self.count, args[0]), *args[1:])
             self.count += 1
-        elif func is aten.logsumexp.default and self._over_tokens(args[0]):  # a sink's, ahead of the softmax
-            args = (self.edit(self.count, args[0]), *args[1:])
+        elif func in (aten.logsumexp.default, aten.topk.default) and self._over_tokens(args[0]):
+            args = (self.edit(self.count, args[0]), *args[1:])  # a log-sum-exp ahead of the softmax is a sink's
+        elif func is aten.amax.default and self._over_blocks(args[0]):
+            blocks = args[0].shape[-2:]
+            args = (self.edit(self.count, args[0].flatten(-2)).unflatten(-1, blocks), *args[1:])
         return func(*args, **(kwargs or {}))
 
     def _over_tokens(self, scores: Tensor) -> bool:
         """A column more is a sink's."""
         shape = scores.shape
         return len(shape) >= 3 and shape[-2] == self.tokens and shape[-1] in (self.tokens, self.tokens + 1)
+
+    def _over_blocks(self, scores: Tensor) -> bool:
+        """Blocks that hold the tokens, and no block too many."""
+        *rest, tokens, blocks, size = (0, 0, *scores.shape)
+        return len(rest) >= 3 and tokens == self.tokens and (blocks - 1) * size < tokens <= blocks * size and size > 1
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ BASE: Settings = {
     # sparse attention's indexer
     "index_topk": 6,
     "index_head_dim": 16,
-    "index_n_heads": 8,  # scores sum ReLUs over the heads: with two, many keys tie at zero
+    "index_n_heads": 16,  # scores sum ReLUs over the heads: with few, many keys tie at zero
     # linear attention
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,

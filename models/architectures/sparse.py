@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from .base import DENSE_AND_SPARSE, LATENT, WINDOW, Settings, of
 
+# The embedding of a padding token is zero: as a query it would score all keys alike, and which are kept would be chance.
+INDEXED: Settings = {**LATENT, **DENSE_AND_SPARSE, "pad_token_id": None}
+
 CONFIGS: dict[str, Settings] = {
-    **of("axk2", "deepseek_v32", **LATENT, **DENSE_AND_SPARSE),
-    **of(
-        "glm_moe_dsa", "hy_v4", initializer_range=0.02, **LATENT, **DENSE_AND_SPARSE, indexer_types=["full", "shared"]
-    ),
+    **of("axk2", "deepseek_v32", **INDEXED),
+    **of("glm_moe_dsa", "hy_v4", initializer_range=0.02, **INDEXED, indexer_types=["full", "shared"]),
     "deepseek_v4": {
         "num_hidden_layers": 3,
         "layer_types": ["sliding_attention", "heavily_compressed_attention", "compressed_sparse_attention"],
