@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lethe_compile.errors import VerificationError
@@ -79,7 +80,7 @@ def _fake_value(module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> 
         raise _broken(node, f"a {node.op}, which no pass should leave in the graph")
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     try:
-        with mode, torch.no_grad():
+        with mode, enable_python_dispatcher(), torch.no_grad():  # its decompositions take symbolic sizes
             return node.target(*args, **kwargs)
     except Exception as error:  # whatever an operator raises on its operands is the finding
         raise _broken(node, f"{node.target} does not compute: {error}") from error

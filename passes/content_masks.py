@@ -33,6 +33,7 @@ from lethe_compile.passes.program import (
     shape_of,
     with_cache_groups,
 )
+from lethe_compile.passes.rewrite_positions import counts_tokens, start_of
 
 aten = torch.ops.aten
 
@@ -221,6 +222,9 @@ class _Rewriter:
         if node is self._program.placeholder("position_ids"):
             rows = self._graph.call_function(aten.sym_size.int, (self._program.input_ids, 0))
             return self._graph.call_function(aten.expand.default, (self._seen, [rows, -1]))
+        if is_call(node, aten.arange) and counts_tokens(node, self._program, {}):
+            counted = self._graph.call_function(aten.add.Tensor, (self._seen, start_of(node)))
+            return self._graph.call_function(aten.to.dtype, (counted, node.meta["val"].dtype))
         if node in self._shared.content:
             return self._cached(node)
         raise NotABand(f"its mask takes '{node.name}' of earlier tokens, which is not understood")

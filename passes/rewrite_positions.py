@@ -33,6 +33,8 @@ from lethe_compile.passes.program import (
 aten = torch.ops.aten
 
 _ELEMENTWISE = (aten.add, aten.sub, aten.mul, aten.div, aten.where, aten.addcmul, aten.complex, aten.expand_as)
+_ROWWISE = (aten.gather, aten.masked_fill)  # take an operand with a batch in front as well
+_KEYS = 7  # positions of keys in the sample
 _SAMPLE = (2, 0, 3, 1)  # positions, in no order, on which a region is shown to treat each token by itself
 
 
@@ -65,7 +67,7 @@ class RewritePositions:
         else:
             _add_positions(program)
         fixed = _fixed(program.graph)
-        counters = [n for n in program.graph.nodes if _counts_tokens(n, program, fixed)]
+        counters = [n for n in program.graph.nodes if counts_tokens(n, program, fixed)]
         if counters:
             _map_over_rows(program, counters, fixed)
             notes += [Note(n.name, "counted the tokens of the input: now per row") for n in counters]
@@ -105,28 +107,28 @@ def _add_positions(program: Program) -> None:
 
 
 def _fixed(graph: fx.Graph) -> dict[fx.Node, None]:
-    """Nodes computed from constants and sizes alone, in graph order."""
+    """Nodes computed from constants, sizes, and the positions that all rows share as keys, in graph order."""
     fixed: dict[fx.Node, None] = {}
     for node in graph.nodes:
         computed = node.op == "call_function" and all(n in fixed for n in node.all_input_nodes)
-        if node.op == "get_attr" or computed or is_call(node, aten.sym_size):
+        if node.op == "get_attr" or node.target == "seen" or computed or is_call(node, aten.sym_size):
             fixed[node] = None
     return fixed
 
 
-def _counts_tokens(node: fx.Node, program: Program, fixed: dict[fx.Node, None]) -> bool:
+def counts_tokens(node: fx.Node, program: Program, fixed: dict[fx.Node, None]) -> bool:
     """Whether `node` is ``arange(c, T + c)`` or T consecutive rows of a constant from row c on."""
     shape, tokens = shape_of(node), shape_of(program.input_ids)[1]
     if is_call(node, aten.arange):
         step = argument(node, 2, "step", 1) if is_call(node, aten.arange.start_step) else 1
-        return same_size(shape[0], tokens) and step == 1 and isinstance(_start(node), (int, float))
+        return same_size(shape[0], tokens) and step == 1 and isinstance(start_of(node), (int, float))
     if is_call(node, aten.slice) and operand(node) in fixed:
         rows = shape[_dim(node)]
         return same_size(rows, tokens) and not same_size(rows, shape_of(operand(node))[_dim(node)])
     return False
 
 
-def _start(node: fx.Node) -> Any:
+def start_of(node: fx.Node) -> Any:
     """The first value of an `arange`, or the first row of a slice."""
     if is_call(node, aten.slice):
         return argument(node, 2, "start") or 0
@@ -144,8 +146,9 @@ def _map_over_rows(program: Program, counters: list[fx.Node], fixed: dict[fx.Nod
     for node in frontier:
         _check_consumers(program, node, inside)
     outside = {n for n in fixed if n not in inside}
-    constants = [n for n in outside if n.op == "get_attr" and any(n in ancestors(i) for i in inside)]
-    examples = [attribute(program.module, str(c.target)) for c in constants]
+    constants = [n for n in outside if n.op != "call_function" and any(n in ancestors(i) for i in inside)]
+    seen = torch.arange(_KEYS, device=program.device)
+    examples = [seen if c.op == "placeholder" else attribute(program.module, str(c.target)) for c in constants]
     region = _trace_region(program, counters, inside, frontier, dict(zip(constants, examples, strict=True)))
     _check_tokenwise(program, region, frontier, examples)
     anchor = next(iter(inside))
@@ -168,7 +171,7 @@ def _check_consumers(program: Program, node: fx.Node, inside: dict[fx.Node, None
         broadcast = shape_of(user)
         batched = bool(broadcast) and same_size(broadcast[0], batch)
         own = len(shape) < len(broadcast) or same_size(shape[0], 1) or same_size(shape[0], batch)
-        if not is_call(user, *_ELEMENTWISE) or not batched or not own:
+        if not is_call(user, *_ELEMENTWISE, *_ROWWISE) or not batched or not own:
             target = f"'{user.name}' ({user.target})"
             raise _refusal(user, f"token positions computed at '{node.name}' enter {target}, which does not broadcast")
 
@@ -194,7 +197,7 @@ def _trace_region(
     wanted = {a for n in inside for a in ancestors(n)}
     for node in program.graph.nodes:
         size = node.meta.get("val")
-        if node not in wanted or node.op == "placeholder" or node in constants:
+        if node not in wanted or node.op == "placeholder" or node in constants:  # those have their values already
             continue
         if node in counters:
             values[node] = _counted(graph, node, row, values)
@@ -222,7 +225,7 @@ def _per_row(region: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
 
 def _counted(graph: fx.Graph, node: fx.Node, row: fx.Node, values: dict[fx.Node, Any]) -> fx.Node:
     """What a counter becomes for one row of positions."""
-    start = _start(node)
+    start = start_of(node)
     counted = graph.call_function(aten.add.Tensor, (row, start)) if start else row
     if is_call(node, aten.slice):
         indices = [None] * _dim(node) + [counted]  # vmap of index_select would fix the number of rows

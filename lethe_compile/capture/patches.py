@@ -79,8 +79,26 @@ def _longcat_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     return _combined(torch.where(passed[:, None], tokens, states), order, top_k_weights)
 
 
+def _doge_mask(
+    self: Any,
+    hidden_states: Tensor,
+    dt_states: Tensor,
+    keep_window_size: int = 2048,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """A branch on the number of tokens: none are dropped while there are no more than are kept, which a top k says."""
+    lowest = torch.finfo(hidden_states.dtype).min
+    mask = dt_states[:, :, None, :].expand(-1, -1, hidden_states.shape[1], -1)
+    if attention_mask is not None:
+        mask = mask.masked_fill(attention_mask != 0, lowest)
+    kept = torch.sym_min(keep_window_size, mask.shape[-1])
+    index = mask.topk(kept, dim=-1, sorted=False).indices
+    return mask.masked_fill(torch.zeros_like(mask).scatter(-1, index, 1.0) == 0, lowest)
+
+
 _PATCHES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("transformers.models.aria.modeling_aria", "sequential_experts_gemm", _aria_gemm),
     ("transformers.models.dbrx.modeling_dbrx", "DbrxExperts.forward", _dbrx_experts),
+    ("transformers.models.doge.modeling_doge", "DogeAttention.prepare_dynamic_mask", _doge_mask),
     ("transformers.models.longcat_flash.modeling_longcat_flash", "LongcatFlashExperts.forward", _longcat_experts),
 )

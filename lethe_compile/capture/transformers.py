@@ -143,6 +143,7 @@ def _attention_captured(model: Any) -> Iterator[None]:
 _WITHOUT_EFFECT = frozenset(
     {
         *("position_ids", "cache_position", "use_cache", "past_key_values", "is_causal", "position_embeddings"),
+        "block_indices",  # of a sparse layer: its mask says the same
         *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
     }
 )
