@@ -56,7 +56,7 @@ def _verify_length(
     generator: torch.Generator,
     least: float,
 ) -> None:
-    ids = torch.randint(fast.vocab_size, (2, length), generator=generator).to(fast.device)
+    ids = _tokens(fast.vocab_size, length, generator).to(fast.device)
     positions = torch.arange(length, device=ids.device).repeat(2, 1)
     with torch.no_grad():
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
@@ -69,6 +69,14 @@ def _verify_length(
         what = f"{length} tokens, {_DECODED} of them step by step"
         hint = "does anything but attention mix tokens: a convolution, a recurrence, a mean over them?"
         _compare(_stepwise(fast, ids), expected[:, -_DECODED - 1 :], what, hint, least)
+
+
+def _tokens(vocabulary: int, length: int, generator: torch.Generator) -> Tensor:
+    """Random tokens ``[2, length]``, none twice in a row if there are enough: what ranks tokens ranks equal ones by
+    chance."""
+    if vocabulary < length:
+        return torch.randint(vocabulary, (2, length), generator=generator)
+    return torch.stack([torch.randperm(vocabulary, generator=generator)[:length] for _ in range(2)])
 
 
 def _stepwise(fast: OptimizedModel, ids: Tensor) -> Tensor:

@@ -52,6 +52,13 @@ class Axes:
             self._known[node] = dict(sorted(found.items(), key=lambda item: _unlikely(item[0])))
         return self._known[node]
 
+    def counts_keys(self, node: fx.Node, signature: Signature) -> bool:
+        """Whether that reading of a node's value is made of anything that counts keys."""
+        if self._is_leaf(node):
+            return KEYS in _flat(signature)
+        operands = self.readings(node)[signature].operands
+        return any(self.counts_keys(n, s) for n, s in zip(operands_of(node), operands, strict=True))
+
     def _given(self, node: fx.Node) -> Iterator[tuple[Signature, Reading]]:
         value = node.meta["val"]
         for tokens in ((QUERIES, KEYS), (KEYS, KEYS)):  # a leaf with two such dimensions has queries first
@@ -140,3 +147,9 @@ def _unlikely(signature: Signature) -> int:
     if signature and isinstance(signature[0], tuple):
         return max(map(_unlikely, signature))
     return ("qk", "q", "k", "", "kq").index(_sides(signature) or "")
+
+
+def _flat(signature: Signature) -> tuple[int, ...]:
+    if isinstance(signature, int):
+        return (signature,)
+    return tuple(size for part in signature for size in _flat(part))

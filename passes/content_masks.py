@@ -197,16 +197,15 @@ class _Rewriter:
             return self._visible(node, signature)
         made = self._shared.made
         if (node, signature) not in made:
-            if self._shared.is_leaf(node):
-                made[node, signature] = self._given(node, signature)
+            if not self._axes.counts_keys(node, signature):
+                made[node, signature] = node
+            elif self._shared.is_leaf(node):
+                made[node, signature] = self._of_keys(node)
             else:
                 made[node, signature] = self._again(node, signature)
         return made[node, signature]
 
     def _again(self, node: fx.Node, signature: Signature) -> fx.Node:
-        is_size = isinstance(node.meta["val"], torch.SymInt)  # one that is made of others counts keys
-        if node not in self._shared.relating and not is_size and KEYS not in _flat(signature):
-            return node
         operands = self._axes.readings(node)[signature].operands
         new = iter([self._make(n, s) for n, s in zip(operands_of(node), operands, strict=True)])
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: next(new))
@@ -214,9 +213,8 @@ class _Rewriter:
         made.meta.update({key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta})
         return made
 
-    def _given(self, node: fx.Node, signature: Signature) -> fx.Node:
-        if KEYS not in _flat(signature):
-            return node
+    def _of_keys(self, node: fx.Node) -> fx.Node:
+        """What a value that is taken as it is becomes where it is one of each key."""
         if is_call(node, aten.sym_size):
             return self._graph.call_function(aten.sym_size.int, (self._seen, 0))
         if node is self._program.placeholder("position_ids"):
@@ -306,8 +304,3 @@ def _denies(program: Program, node: fx.Node) -> bool:
     """Whether a boolean mask says what is hidden, as the last token is from the first query."""
     return node.meta["val"].dtype == torch.bool and bool(_sample(program, node)[..., 0, -1].all())
 
-
-def _flat(signature: Signature) -> tuple[int, ...]:
-    if isinstance(signature, int):
-        return (signature,)
-    return tuple(size for part in signature for size in _flat(part))
