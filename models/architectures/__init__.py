@@ -7,6 +7,6 @@ the reason. `build` makes a model; `KNOWN` says where transformers itself depart
 from __future__ import annotations
 
 from .building import ARCHITECTURES, CONFIGS, build
-from .known import KNOWN, NO_CACHE, NOT_CAUSAL, OTHERS
+from .known import KNOWN, NO_CACHE, NOT_CAUSAL, OTHERS, TIES
 
-__all__ = ["ARCHITECTURES", "CONFIGS", "KNOWN", "NOT_CAUSAL", "NO_CACHE", "OTHERS", "build"]
+__all__ = ["ARCHITECTURES", "CONFIGS", "KNOWN", "NOT_CAUSAL", "NO_CACHE", "OTHERS", "TIES", "build"]

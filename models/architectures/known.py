@@ -61,7 +61,11 @@ UNUSUAL: dict[str, str] = {
         ("bamba", "minimax"),
         "without position_ids, forward with a cache counts from 0: it asks the first layer, which caches no keys",
     ),
+}
+
+# Which of several tokens of equal score they keep is chance.
+TIES: dict[str, str] = {
     "doge": "its first layer scores tokens by content alone: which of several equal tokens it keeps is arbitrary",
 }
 
-KNOWN: dict[str, str] = {**UNUSUAL, **NO_CACHE, **NOT_CAUSAL}
+KNOWN: dict[str, str] = {**UNUSUAL, **TIES, **NO_CACHE, **NOT_CAUSAL}
