@@ -12,7 +12,7 @@ that depends on the content needs of earlier tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -92,11 +92,9 @@ def _attention(
     """
     table, retained = page_table[layer], length[layer]
     kernel: Callable[..., Tensor] = reference.attention
-    if bias is not None:
-        kernel = partial(kernel, bias=bias)  # by the reference: no other kernel takes one
-    elif query.is_cpu and cpu.serves(query, k_pages, v_pages, table, retained + new_lengths):
+    if query.is_cpu and cpu.serves(query, k_pages, v_pages, table, retained + new_lengths):
         kernel = cpu.attention
-    elif _use_triton(query) and query.dtype != torch.float64:
+    elif _use_triton(query) and query.dtype != torch.float64 and bias is None:  # the Triton kernels take no bias
         from lethe_compile.kernels.decode import triton as decode
         from lethe_compile.kernels.prefill import triton as prefill
 
@@ -121,6 +119,7 @@ def _attention(
         slopes=slopes,
         decay=decay,
         peak=peak,
+        **({} if bias is None else {"bias": bias}),
     )
 
 

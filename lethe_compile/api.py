@@ -44,7 +44,8 @@ def optimize(
         verified: compare the result with the model on sample sequences, whole and step by step, before returning it.
         backend: "eager" runs the graph node by node; "inductor" compiles what lies between the attention ops, each
             repeated layer once; "cudagraphs" also replays decode steps as CUDA graphs; "auto" takes the last on a GPU
-            with Triton, or the one before it where layers keep other state than a KV cache, else the first.
+            with Triton, or the one before it where layers keep other state than a KV cache or masks depend on the
+            content of the sequence, else the first.
         kv_memory: most memory of the KV cache: an integer of bytes, or a float in (0, 1], the fraction of what is free
             when a generation begins; None for what it comes to need. With a number, on a GPU, all of it is allocated at
             once. A batch that might not fit is refused before any work, and a policy that can prunes harder rather than
@@ -64,8 +65,9 @@ def optimize(
 
     captured = capture(model, example_inputs)
     device = captured.program.device
-    chosen = choose_backend(backend, device, stateful=bool(captured.program.stateful))
     result = run_pipeline(captured.program, pipeline(rule.decay, rule.peak, fuse=device.type == "cuda"))
+    stateful, content = bool(result.program.stateful), result.program.content
+    chosen = choose_backend(backend, device, stateful=stateful, content=content)
     fast = OptimizedModel(
         result.program,
         config,

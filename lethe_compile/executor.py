@@ -16,20 +16,25 @@ from lethe_compile.passes.program import Program, attribute, same_size, shape_of
 BACKENDS = ("auto", "eager", "inductor", "cudagraphs")
 
 
-def choose_backend(asked: str, device: torch.device, *, stateful: bool = False) -> tuple[str, str]:
+def choose_backend(
+    asked: str, device: torch.device, *, stateful: bool = False, content: bool = False
+) -> tuple[str, str]:
     """The backend that runs, and why, in words for the report.
 
     A `stateful` program calls modules of the model, whose code may wait for the device, which no CUDA graph can record:
-    it gets one only if asked for.
+    it gets one only if asked for. One with masks that depend on the `content` of the sequence never gets one: its masks
+    grow with every step.
 
     Raises:
-        ConfigError: an unknown name, or one that this device cannot run.
+        ConfigError: an unknown name, or one that this device or this program cannot run.
     """
     if asked not in BACKENDS:
         raise ConfigError(f"backend={asked!r} is not allowed: must be one of {', '.join(BACKENDS)}")
     cuda = device.type == "cuda"
     if asked == "cudagraphs" and not cuda:
         raise ConfigError(f"backend='cudagraphs' needs a CUDA device, and the model is on {device}")
+    if asked == "cudagraphs" and content:
+        raise ConfigError("backend='cudagraphs' cannot run this model: its masks depend on the content and grow")
     if asked != "auto":
         return asked, "asked for"
     if not cuda:
@@ -39,6 +44,9 @@ def choose_backend(asked: str, device: torch.device, *, stateful: bool = False) 
         import triton  # noqa: F401
     except ImportError:
         return "eager", "Triton is not installed: reference kernels"
+    if content:
+        why = "no CUDA graphs, since masks that depend on the content grow with every step"
+        return "inductor", f"reference kernels where a mask reads the content, Inductor between them; {why}"
     if stateful:
         why = "no CUDA graphs, since modules that keep other state run the model's own code"
         return "inductor", f"Triton kernels, Inductor between them; {why}"

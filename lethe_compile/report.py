@@ -61,6 +61,7 @@ class LayerReport:
     window: int | None
     softcap: float | None
     sinks: bool
+    content: bool  # the mask also depends on the content of the sequence
     pool: int
     bytes_per_token: int
 
@@ -223,7 +224,8 @@ class CacheStats(_Printable):
 def _mask_words(layer: LayerReport) -> str:
     window = "" if layer.window is None else f" {layer.window}"
     softcap = "" if layer.softcap is None else f", softcap {layer.softcap:g}"
-    return f"{layer.mask}{window}{softcap}{', sinks' if layer.sinks else ''}"
+    content = ", by content" if layer.content else ""
+    return f"{layer.mask}{window}{content}{softcap}{', sinks' if layer.sinks else ''}"
 
 
 def _layer(site: Site, dtype: torch.dtype) -> LayerReport:
@@ -241,6 +243,7 @@ def _layer(site: Site, dtype: torch.dtype) -> LayerReport:
         window=site.mask.window,
         softcap=site.softcap,
         sinks=site.sinks,
+        content=site.content,
         pool=site.cache_group,
         bytes_per_token=Geometry(*site.geometry).bytes_per_token(dtype),
     )

@@ -78,7 +78,7 @@ class OptimizedModel(nn.Module):
         self._executor = Executor(program, compiled=backend[0] != "eager")
         self._graphs: dict[int, DecodeGraph] = {}  # by rows
         self.graph_module, self.sites = program.module, program.sites
-        self.stateful = program.stateful
+        self.stateful, self._content = program.stateful, program.content
         self.stateful_modules = nn.ModuleList(call.module for call in program.stateful)
         self.config, self.policy = config, make_policy(config)
         self.vocab_size, self.max_positions = vocab_size, max_positions
@@ -126,9 +126,16 @@ class OptimizedModel(nn.Module):
         cache.begin(len(ids))
         cache.reserve_rows(lengths.tolist())
         states.begin(len(ids))
-        furthest = ids.shape[1] if position_ids is None else int(positions.max()) + 1
+        furthest = ids.shape[1] if position_ids is None else self._checked(positions, lengths)
         logits = self._run(cache, states, ids, positions, lengths, furthest)
         return torch.empty_like(logits).scatter_(1, order[:, :, None].expand_as(logits), logits)
+
+    def _checked(self, positions: Tensor, lengths: Tensor) -> int:
+        """One more than the furthest position; masks by content need positions [rows, T] that tell tokens apart."""
+        real = torch.arange(1, positions.shape[1], device=positions.device) < lengths[:, None]
+        if self._content and bool(((positions.diff(dim=1) <= 0) & real).any() | (positions < 0).any()):
+            raise InputError("position_ids must increase within each row: this model's masks tell tokens apart by them")
+        return int(positions.max()) + 1
 
     def _right_pad(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Real tokens of each row [rows], and the columns [rows, T] in an order that brings them to the front."""
@@ -293,7 +300,7 @@ class OptimizedModel(nn.Module):
     ) -> Tensor:
         """Logits of `ids` [rows, T], the cache's first rows, as `Executor.run`; all positions are below `furthest`."""
         state = {**cache.inputs(), **states.inputs(len(ids))}
-        if any(site.content for site in self.sites):
+        if self._content:
             state["seen"] = torch.arange(furthest, device=self._device)
         for name in ("page_table", "length"):
             state[name] = state[name][:, : len(ids)]

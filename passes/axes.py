@@ -35,7 +35,7 @@ class Reading:
 
 
 class Axes:
-    """Readings of the nodes of `program`; `is_leaf` says where values are taken as given, one for queries or for keys."""
+    """Readings of the nodes of `program`; `is_leaf` says which values are taken as they are, of queries or of keys."""
 
     def __init__(self, program: Program, is_leaf: Callable[[fx.Node], bool]) -> None:
         self._rows, self._tokens = shape_of(program.input_ids)
@@ -59,25 +59,32 @@ class Axes:
         operands = self.readings(node)[signature].operands
         return any(self.counts_keys(n, s) for n, s in zip(operands_of(node), operands, strict=True))
 
+    def unread(self, node: fx.Node) -> fx.Node:
+        """Of what a value without readings is made of, the first that has none."""
+        if not self._is_leaf(node):
+            for operand in operands_of(node):
+                if not self.readings(operand):
+                    return self.unread(operand)
+        return node
+
     def _given(self, node: fx.Node) -> Iterator[tuple[Signature, Reading]]:
         value = node.meta["val"]
         for tokens in ((QUERIES, KEYS), (KEYS, KEYS)):  # a leaf with two such dimensions has queries first
             if isinstance(value, Tensor):
                 counted = iter(tokens)
                 shape = tuple(self._size(size, counted) for size in value.shape)
-                if _sides(shape) is not None:
+                if None not in shape and _sides(shape) is not None:
                     yield shape, Reading(torch.empty(shape, dtype=value.dtype, device="meta"))
-            else:
-                size = self._size(value, iter(tokens))
+            elif (size := self._size(value, iter(tokens))) is not None:
                 yield size, Reading(size)
 
-    def _size(self, size: Any, tokens: Iterator[int]) -> int:
+    def _size(self, size: Any, tokens: Iterator[int]) -> Any:
+        """What stands for a size; None for one that is neither rows nor tokens."""
         if not is_symbolic(size):
-            return size  # type: ignore[no-any-return]
-        expression, counts = size.node.expr, self._tokens.node.expr
-        if counts in expression.free_symbols:
-            expression = expression.subs(counts, next(tokens))
-        return int(expression.subs(self._rows.node.expr, ROWS))
+            return size
+        if same_size(size, self._tokens):
+            return next(tokens)
+        return ROWS if same_size(size, self._rows) else None
 
     def _made(self, node: fx.Node) -> Iterator[tuple[Signature, Reading]]:
         options = [list(self.readings(n)) for n in operands_of(node)]

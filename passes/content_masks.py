@@ -108,7 +108,7 @@ def _add_seen(program: Program) -> fx.Node:
     """The new input ``seen [P]`` int64: 0 … P-1, beyond the position of every token."""
     with program.graph.inserting_after(program.placeholders()[-1]):
         node = program.graph.placeholder("seen")
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     example = torch.empty(_EXAMPLE, dtype=torch.int64, device=program.device)
     node.meta["val"] = fake_mode_of(program).from_tensor(example, symbolic_context=context)
     return node
@@ -125,7 +125,7 @@ class _Shared:
 
     def is_leaf(self, node: fx.Node) -> bool:
         """Whether a value is taken as it is: what a token has of its own, a size of the input, a band."""
-        if node.op != "call_function" or is_call(node, aten.sym_size, aten.arange):
+        if node.op != "call_function" or is_call(node, aten.sym_size) or _counts(node, self.program):
             return True
         if isinstance(node.meta["val"], torch.SymInt):
             return False
@@ -136,7 +136,8 @@ class _Shared:
     def band(self, node: fx.Node) -> Mask | None:
         """The band that a mask is, proved, if it depends on positions alone and is one."""
         if node not in self.bands:
-            fits = len(shape_of(node)) > 2 and len(token_dims(node, self.program)) == 2
+            rank = len(shape_of(node))
+            fits = rank > 2 and token_dims(node, self.program) == [rank - 2, rank - 1]
             alone = fits and self.content.isdisjoint(ancestors(node, stop=(aten.sym_size,)))
             self.bands[node] = self._prove(node) if alone else None
         return self.bands[node]
@@ -182,8 +183,9 @@ class _Rewriter:
         """A mask or bias ``[B, h, T, T]`` as what is added to scores ``[B, h, T, P]``."""
         readings = [s for s in self._axes.readings(operand) if len(s) == 4 and s[2:] == (QUERIES, KEYS)]
         if not readings:
+            unread = self._axes.unread(operand).name
             raise NotABand(
-                "its mask depends on the content of the sequence in a way that does not tell queries from keys"
+                f"its mask depends on the content, and '{unread}' in it cannot be told for queries and for keys"
             )
         node = self._make(operand, readings[0])
         if operand.meta["val"].dtype != torch.bool:
@@ -192,7 +194,7 @@ class _Rewriter:
         return self._graph.call_function(aten.where.ScalarOther, (node, zero, -torch.inf))
 
     def _make(self, node: fx.Node, signature: Signature) -> fx.Node:
-        """The node that computes that reading of `node`."""
+        """The node that computes that reading of `node`, be it made for an earlier layer, whose choice of keys is used."""
         if node in self._shared.relating and self._shared.band(node) is not None:
             return self._visible(node, signature)
         made = self._shared.made
@@ -220,7 +222,7 @@ class _Rewriter:
         if node is self._program.placeholder("position_ids"):
             rows = self._graph.call_function(aten.sym_size.int, (self._program.input_ids, 0))
             return self._graph.call_function(aten.expand.default, (self._seen, [rows, -1]))
-        if is_call(node, aten.arange) and counts_tokens(node, self._program, {}):
+        if _counts(node, self._program):
             counted = self._graph.call_function(aten.add.Tensor, (self._seen, start_of(node)))
             return self._graph.call_function(aten.to.dtype, (counted, node.meta["val"].dtype))
         if node in self._shared.content:
@@ -295,6 +297,10 @@ class _Rewriter:
         return value
 
 
+def _counts(node: fx.Node, program: Program) -> bool:
+    return is_call(node, aten.arange) and counts_tokens(node, program, {})
+
+
 def _sample(program: Program, node: fx.Node) -> Tensor:
     value: Tensor = evaluate(program.module, node, sample_inputs(_SAMPLE, device=program.device))
     return value
@@ -303,4 +309,3 @@ def _sample(program: Program, node: fx.Node) -> Tensor:
 def _denies(program: Program, node: fx.Node) -> bool:
     """Whether a boolean mask says what is hidden, as the last token is from the first query."""
     return node.meta["val"].dtype == torch.bool and bool(_sample(program, node)[..., 0, -1].all())
-

@@ -144,7 +144,7 @@ def _columns(program: Program, state: dict[str, fx.Node]) -> dict[int, list[fx.N
 
 
 def _with_columns(program: Program, site: Site, columns: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
-    """Query and key of a site, the key followed by the values to cache, the query by zeros, which leave scores alone."""
+    """Query and key of a site: behind the key stand the values to cache, behind the query zeros that leave scores be."""
     graph, (query, key) = program.graph, site.node.args[:2]
     if not columns:
         return query, key

@@ -80,7 +80,8 @@ class Program:
 
     Placeholders are named by role: `input_ids` is always there, `position_ids` and `attention_mask` while the graph
     takes them. After insertion the inputs are `input_ids`, `positions`, `new_lengths`, the cache's tensors, which the
-    cached op alone writes, and the state of stateful modules, which `lethe::recurrent` alone writes.
+    cached op alone writes, the state of stateful modules, which `lethe::recurrent` alone writes, and `seen`, the
+    positions so far, where masks depend on the content.
     """
 
     module: fx.GraphModule
@@ -104,6 +105,11 @@ class Program:
         node = self.placeholder("input_ids")
         assert node is not None, "capture names the token ids 'input_ids'"
         return node
+
+    @property
+    def content(self) -> bool:
+        """Whether masks depend on the content of the sequence: the graph then has the input `seen`."""
+        return any(site.content for site in self.sites)
 
     @property
     def device(self) -> torch.device:

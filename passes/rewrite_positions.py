@@ -87,8 +87,9 @@ def _refuse_other_counts(program: Program) -> None:
         users = [user for user in node.users if user not in fixed]
         if not users or not any(is_call(n, aten.sym_size) and n.args[1] == 1 for n in ancestors(node)):
             continue
-        samples = (torch.zeros(2, tokens, dtype=torch.int64, device=program.device) for tokens in (9, 1))
-        several, one = (evaluate(program.module, node, {"input_ids": ids, "positions": ids, "seen": ids[0]}) for ids in samples)
+        ids = [torch.zeros(2, tokens, dtype=torch.int64, device=program.device) for tokens in (9, 1)]
+        inputs = [{"input_ids": x, "positions": x, "seen": x[0]} for x in ids]
+        several, one = (evaluate(program.module, node, each) for each in inputs)
         if not isinstance(several, Tensor):
             varies = any(is_call(user, *_ELEMENTWISE) for user in users)
         elif any(size != 9 for size, least in zip(several.shape, one.shape, strict=True) if size != least):

@@ -223,6 +223,8 @@ def _features(site: Site) -> Iterator[str]:
         yield "sinks"
     if site.slopes is not None:
         yield "ALiBi"
+    if site.content:
+        yield "mask by content"
 
 
 def _joined(words: Any) -> str:

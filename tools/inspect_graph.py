@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     site = result.program.sites[0]
     device = result.program.input_ids.meta["val"].device
     stateful = result.program.stateful
-    backend = choose_backend("auto", device, stateful=bool(stateful))
+    backend = choose_backend("auto", device, stateful=bool(stateful), content=result.program.content)
     where = (site.node.meta["val"].dtype, device, backend, config.page_size_on(device.type))
     report = Report.of(result.records, result.program.sites, stateful, config, *where)
     Console().print(report)

@@ -51,6 +51,7 @@ def attention(
     slopes: Tensor | None = None,
     decay: float | None = None,
     peak: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Shapes, effects and result as `reference.attention`; requires `serves`, and slots ordered by position."""
     rows, heads, steps, _ = query.shape
@@ -78,8 +79,11 @@ def attention(
                 seen = slice(first + int(outside), seen.stop)
             now, stored = positions[row, at:upto], position[seen]
             hidden = None if upto - at == 1 else _hidden(now, stored, window, chunked)
-            bias = None if slopes is None else _bias(now, stored, slopes, kv_heads)
-            probability = _probability(queries[row, :, block], k_storage[:, seen], hidden, softcap, sinks, bias)
+            added = None if slopes is None else _alibi(now, stored, slopes, kv_heads)
+            if bias is not None:
+                given = _at(bias[row, :, at:upto], stored, kv_heads, group)
+                added = given if added is None else added + given
+            probability = _probability(queries[row, :, block], k_storage[:, seen], hidden, softcap, sinks, added)
             torch.bmm(probability.to(value.dtype), v_storage[:, seen], out=out[row, :, block])
             if decay is not None:
                 fading = decay if at == 0 else 1.0
@@ -127,10 +131,18 @@ def _hidden(positions: Tensor, stored: Tensor, window: int | None, chunked: bool
     return (age < 0) | (age > positions[:, None] % window if chunked else age >= window)
 
 
-def _bias(positions: Tensor, stored: Tensor, slopes: Tensor, kv_heads: int) -> Tensor:
+def _alibi(positions: Tensor, stored: Tensor, slopes: Tensor, kv_heads: int) -> Tensor:
     """[kv_heads, T * G, N] of ALiBi, ordered as queries are."""
     age = positions[:, None] - stored  # [T, N]
     return (-slopes.view(kv_heads, 1, -1, 1) * age[:, None]).flatten(1, 2)
+
+
+def _at(bias: Tensor, stored: Tensor, kv_heads: int, group: int) -> Tensor:
+    """[1 | kv_heads, T * G, N] of a bias [1 | heads, T, P] of positions, ordered as queries are."""
+    bias = bias[:, :, stored.long()]  # [1 | heads, T, N]
+    if len(bias) == 1:
+        return bias.repeat_interleave(group, dim=1)
+    return bias.unflatten(0, (kv_heads, group)).transpose(1, 2).flatten(1, 2)
 
 
 def _probability(

@@ -37,7 +37,7 @@ def columns(
     Returns:
         ``[rows, P, width]``; zero at positions of which nothing is retained.
     """
-    rows, steps, width = new.shape
+    rows, _, width = new.shape
     pages, offsets, stored = _stored(slot_position, page_table, length, len(seen))
     kept = k_pages[pages, :, offsets, k_dim:].flatten(2)[:, :, offset : offset + width]  # [rows, N, width]
     out = new.new_zeros(rows, len(seen) + 1, width)  # one more, for what is no token

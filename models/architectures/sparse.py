@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .base import DENSE_AND_SPARSE, LATENT, WINDOW, Settings, of
 
-# The embedding of a padding token is zero: as a query it would score all keys alike, and which are kept would be chance.
+# A padding token embeds to zero: as a query it would score all keys alike, and which it keeps would be chance.
 INDEXED: Settings = {**LATENT, **DENSE_AND_SPARSE, "pad_token_id": None}
 
 CONFIGS: dict[str, Settings] = {
