@@ -194,7 +194,7 @@ class _Rewriter:
         return self._graph.call_function(aten.where.ScalarOther, (node, zero, -torch.inf))
 
     def _make(self, node: fx.Node, signature: Signature) -> fx.Node:
-        """The node that computes that reading of `node`, be it made for an earlier layer, whose choice of keys is used."""
+        """The node that computes that reading; one made for an earlier layer serves, whose choice of keys is then used."""
         if node in self._shared.relating and self._shared.band(node) is not None:
             return self._visible(node, signature)
         made = self._shared.made

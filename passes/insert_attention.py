@@ -133,22 +133,22 @@ def _columns(program: Program, state: dict[str, fx.Node]) -> dict[int, list[fx.N
         if is_call(node, COLUMNS_SITE_OP):
             new, _, _, offset = node.args
             found.setdefault(layer, []).append(new)  # made in the order of their offsets
-            target, args = COLUMNS_OP, (new, k_pages, *rest, site.k_dim, offset, layer)
+            call: tuple[Any, ...] = (COLUMNS_OP, (new, k_pages, *rest, site.k_dim, offset, layer))
         else:
-            target, args = VISIBLE_OP, (*rest, node.args[2], node.args[3], layer)
+            call = (VISIBLE_OP, (*rest, node.args[2], node.args[3], layer))
         with graph.inserting_before(node):
-            inserted = graph.call_function(target, args)
+            inserted = graph.call_function(*call)
         node.replace_all_uses_with(inserted)
         graph.erase_node(node)
     return found
 
 
 def _with_columns(program: Program, site: Site, columns: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
-    """Query and key of a site: behind the key stand the values to cache, behind the query zeros that leave scores be."""
-    graph, (query, key) = program.graph, site.node.args[:2]
+    """Query and key of a site, the values to cache behind the key, and behind the query zeros that leave scores be."""
+    graph, aten, ids = program.graph, torch.ops.aten, program.input_ids
+    query, key = (n for n in site.node.args[:2] if isinstance(n, fx.Node))
     if not columns:
         return query, key
-    aten, ids = torch.ops.aten, program.input_ids
     rows, tokens = (graph.call_function(aten.sym_size.int, (ids, dim)) for dim in (0, 1))
     spare = site.kv_heads * site.columns - sum(int(shape_of(c)[2]) for c in columns)
     if spare:  # KV heads that do not divide what is cached
@@ -175,9 +175,8 @@ def _insert(
     group = site.cache_group
     pool = [state[f"{name}_{group}"] for name in ("k_pages", "v_pages", "slot_position", "slot_mass")]
     tables = [state["page_table"], state["length"], program.placeholder("positions"), state["new_lengths"]]
-    options = (sinks, slopes, site.scale, mask.window, mask.chunked, site.softcap, site.layer, *score)
-    if site.content:
-        options = (*options, bias)
+    bands = (site.scale, mask.window, mask.chunked, site.softcap, site.layer)
+    options: tuple[Any, ...] = (sinks, slopes, *bands, *score, *([bias] if site.content else []))
     with program.graph.inserting_before(site.node):
         query, key = _with_columns(program, site, columns)
         node = program.graph.call_function(CACHED_OP, (query, key, value, *pool, *tables, *options))

@@ -94,6 +94,9 @@ def _compare(name: str, model: Any, run: _Original, fast: OptimizedModel, verdic
 class _FirstOfEquals(TorchDispatchMode):
     """Of equal values `topk` takes those that stand first; which it takes depends on how many others there are."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.aten.topk.default:
             return func(*args, **(kwargs or {}))

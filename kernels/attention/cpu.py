@@ -142,7 +142,7 @@ def _at(bias: Tensor, stored: Tensor, kv_heads: int, group: int) -> Tensor:
     bias = bias[:, :, stored.long()]  # [1 | heads, T, N]
     if len(bias) == 1:
         return bias.repeat_interleave(group, dim=1)
-    return bias.unflatten(0, (kv_heads, group)).transpose(1, 2).flatten(1, 2)
+    return bias.view(kv_heads, group, *bias.shape[1:]).transpose(1, 2).flatten(1, 2)
 
 
 def _probability(
