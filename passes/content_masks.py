@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -137,10 +137,22 @@ class _Shared:
         """The band that a mask is, proved, if it depends on positions alone and is one."""
         if node not in self.bands:
             rank = len(shape_of(node))
-            fits = rank > 2 and token_dims(node, self.program) == [rank - 2, rank - 1]
+            fits = rank > 1 and token_dims(node, self.program) == [rank - 2, rank - 1]
             alone = fits and self.content.isdisjoint(ancestors(node, stop=(aten.sym_size,)))
             self.bands[node] = self._prove(node) if alone else None
         return self.bands[node]
+
+    def bands_in(self, nodes: Sequence[fx.Node]) -> set[Mask]:
+        """The bands that values are made of."""
+        found, seen, stack = set(), set[fx.Node](), list(nodes)
+        while stack:
+            node = stack.pop()
+            if node not in seen:
+                seen.add(node)
+                if node in self.relating and (band := self.band(node)) is not None:
+                    found.add(band)
+                stack.extend([] if self.is_leaf(node) else node.all_input_nodes)
+        return found
 
     def _prove(self, node: fx.Node) -> Mask | None:
         allows = node
@@ -162,41 +174,45 @@ class _Rewriter:
     def __init__(self, program: Program, site: Site, seen: fx.Node, shared: _Shared) -> None:
         self._program, self._site, self._seen, self._shared = program, site, seen, shared
         self._graph, self._axes = program.graph, shared.axes
-        self._bands: dict[tuple[fx.Node, Signature], fx.Node] = {}
-        self._found: set[Mask] = set()
+        self._bands: dict[tuple[fx.Node, int], fx.Node] = {}
         self._width = 0  # numbers cached for this layer so far
 
     def rewrite(self) -> Site:
-        node = self._site.node
+        node, bands = self._site.node, self._shared.bands_in(_operands(self._site))
         with self._graph.inserting_before(node):
             terms = [self._operand(n) for n in _operands(self._site)]
             bias = terms[0] if len(terms) == 1 else self._graph.call_function(aten.add.Tensor, tuple(terms))
+            tokens = self._graph.call_function(aten.sym_size.int, (self._program.input_ids, 1))
+            bias = self._graph.call_function(aten.expand.default, (bias, [-1, -1, tokens, -1]))
         node.update_arg(3, None)
         node.update_arg(BIAS, bias)
-        if not self._found:
+        if not bands:
             raise NotABand("its mask depends on the content of the sequence, and nothing in it hides later tokens")
-        mask = self._found.pop() if len(self._found) == 1 else Mask()
+        mask = bands.pop() if len(bands) == 1 else Mask()
         columns = -(-self._width // self._site.kv_heads)
         return replace(self._site, mask=mask, content=True, columns=columns)
 
     def _operand(self, operand: fx.Node) -> fx.Node:
-        """A mask or bias ``[B, h, T, T]`` as what is added to scores ``[B, h, T, P]``."""
-        readings = [s for s in self._axes.readings(operand) if len(s) == 4 and s[2:] == (QUERIES, KEYS)]
+        """A mask or bias ``[B, h, T | 1, T]`` as what is added to scores, ``[B, h, T | 1, P]``."""
+        if self._shared.band(operand) is not None:
+            return self._added(operand, self._visible(operand, 4))
+        wanted = ((QUERIES, KEYS), (1, KEYS))
+        readings = [s for s in self._axes.readings(operand) if len(s) == 4 and s[2:] in wanted]
         if not readings:
             unread = self._axes.unread(operand).name
-            raise NotABand(
-                f"its mask depends on the content, and '{unread}' in it cannot be told for queries and for keys"
-            )
-        node = self._make(operand, readings[0])
+            raise NotABand(f"its mask depends on the content, by '{unread}', which does not tell queries from keys")
+        return self._added(operand, self._make(operand, readings[0], 4))
+
+    def _added(self, operand: fx.Node, node: fx.Node) -> fx.Node:
         if operand.meta["val"].dtype != torch.bool:
             return node
         zero = self._graph.call_function(aten.zeros.default, ([],), {"device": self._program.device})
         return self._graph.call_function(aten.where.ScalarOther, (node, zero, -torch.inf))
 
-    def _make(self, node: fx.Node, signature: Signature) -> fx.Node:
-        """The node that computes that reading; one made for an earlier layer serves, whose choice of keys is then used."""
+    def _make(self, node: fx.Node, signature: Signature, rank: int) -> fx.Node:
+        """The node that computes that reading, for one of that rank; what was made for an earlier layer is shared."""
         if node in self._shared.relating and self._shared.band(node) is not None:
-            return self._visible(node, signature)
+            return self._visible(node, max(3, rank, len(signature)))
         made = self._shared.made
         if (node, signature) not in made:
             if not self._axes.counts_keys(node, signature):
@@ -209,7 +225,8 @@ class _Rewriter:
 
     def _again(self, node: fx.Node, signature: Signature) -> fx.Node:
         operands = self._axes.readings(node)[signature].operands
-        new = iter([self._make(n, s) for n, s in zip(operands_of(node), operands, strict=True)])
+        rank = len(shape_of(node))
+        new = iter([self._make(n, s, rank) for n, s in zip(operands_of(node), operands, strict=True)])
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: next(new))
         made = self._graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
         made.meta.update({key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta})
@@ -275,16 +292,18 @@ class _Rewriter:
         if not (kind.is_floating_point or kind == torch.bool) or torch.promote_types(kind, keys) != keys:
             raise NotABand(f"its mask takes '{node.name}' of earlier tokens, {kind}, which cannot be kept as {keys}")
 
-    def _visible(self, node: fx.Node, signature: Signature) -> fx.Node:
-        """What the band computed at `node` becomes: what is visible of the tokens that this layer retains."""
+    def _visible(self, node: fx.Node, rank: int) -> fx.Node:
+        """What the band computed at `node` becomes: what is visible of the tokens that this layer retains.
+
+        It differs from row to row, as the band may not do: `rank` is that of what it meets, ``[B, 1 …, T, P]``.
+        """
         band = self._shared.band(node)
         assert band is not None
-        self._found.add(band)
-        if (node, signature) in self._bands:
-            return self._bands[node, signature]
+        if (node, rank) in self._bands:
+            return self._bands[node, rank]
         options = (band.window, band.chunked, self._site.layer)
         value = self._graph.call_function(VISIBLE_SITE_OP, (self._program.input_ids, self._seen, *options))
-        for _ in range(len(signature) - 3):
+        for _ in range(rank - 3):
             value = self._graph.call_function(aten.unsqueeze.default, (value, 1))
         kind = node.meta["val"].dtype
         if kind != torch.bool:
@@ -293,7 +312,7 @@ class _Rewriter:
             value = self._graph.call_function(aten.where.ScalarOther, (value, zero, denying))
         elif _denies(self._program, node):
             value = self._graph.call_function(aten.logical_not.default, (value,))
-        self._bands[node, signature] = value
+        self._bands[node, rank] = value
         return value
 
 

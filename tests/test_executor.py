@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lethe_compile as lethe
+from lethe_compile.errors import ConfigError
 from lethe_compile.executor import choose_backend
 from lethe_compile.models.tiny import tiny
 from tests.hybrids import hybrid
@@ -22,6 +23,13 @@ def test_stateful_modules_get_a_cuda_graph_only_if_asked_for() -> None:
     backend, reason = choose_backend("auto", torch.device("cuda"), stateful=True)
     assert backend == "inductor" and "no CUDA graphs, since modules that keep other state" in reason
     assert choose_backend("cudagraphs", torch.device("cuda"), stateful=True)[0] == "cudagraphs"
+
+
+def test_masks_by_content_get_no_cuda_graph() -> None:
+    backend, reason = choose_backend("auto", torch.device("cuda"), content=True)
+    assert backend == ("inductor" if "Inductor" in reason else "eager")
+    with pytest.raises(ConfigError, match="masks depend on the content"):
+        choose_backend("cudagraphs", torch.device("cuda"), content=True)
 
 
 def test_what_cannot_run_is_refused() -> None:

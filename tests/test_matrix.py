@@ -19,7 +19,7 @@ from lethe_compile.tools._replay import Evictions, replay
 
 ALWAYS = (
     *("llama", "gpt2", "opt", "bloom", "gptj", "gemma2", "gemma3n_text", "gpt_oss", "deepseek_v3", "llama4_text"),
-    *("qwen3_next", "diffllama"),
+    *("qwen3_next", "diffllama", "deepseek_v32"),
 )
 # Refused, and why, as a part of the reason: everything else must pass.
 REFUSED: dict[str, str] = {
@@ -73,6 +73,23 @@ def test_a_softmax_of_other_sizes_is_no_attention() -> None:
         assert hook.count == 0
         torch.zeros(1, 5, 6).softmax(-1), torch.zeros(1, 2, 5, 5).softmax(-1)
         assert hook.count == 2
+
+
+def test_what_ranks_keys_is_edited_for_the_softmax_that_follows() -> None:
+    scores, edited = torch.arange(50.0).view(1, 2, 5, 5), []
+
+    def hide_the_last(index: int, scores: Tensor) -> Tensor:
+        edited.append(index)
+        return torch.cat([scores[..., :4], torch.full_like(scores[..., 4:], float("-inf"))], dim=-1)
+
+    with AttentionHook(5, hide_the_last):
+        assert scores.topk(1).indices.unique().item() == 3
+        scores.softmax(-1)
+        blocks = torch.nn.functional.pad(scores, (0, 1), value=99.0).unflatten(-1, (3, 2))
+        assert torch.equal(blocks.amax(-1)[..., 1], scores[..., 3])
+        assert scores[0].topk(1, dim=-1).indices.unique().item() == 3
+        scores[0, 0, :, :4].topk(1), scores.unflatten(0, (1, 1)).amax(-1)
+    assert edited == [0, 0, 1, 1]
 
 
 def test_checks_that_fail_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     slopes: bool = False
+    bias: str | None = None  # by position: "shared" by the heads, or for "each"
     decay: float | None = 0.9
     peak: bool = False
     consecutive: bool = True  # a row's pages follow each other
@@ -141,6 +142,9 @@ def build(case: Case) -> Inputs:
         "decay": case.decay,
         "peak": case.peak,
     }
+    if case.bias is not None:
+        furthest = max([1, *(int(p) + 1 for p in positions.flatten())])
+        tensors["bias"] = normal(rows, 1 if case.bias == "shared" else heads, steps, furthest)
     return Inputs(case, tensors, retained)
 
 
@@ -167,6 +171,9 @@ def expected(inputs: Inputs) -> tuple[Tensor, list[list[Token]]]:
                 if case.slopes:
                     slope = float(t["slopes"][head])
                     logits = [a - slope * (now - x.position) for a, x in zip(logits, visible, strict=True)]
+                if case.bias is not None:
+                    bias = t["bias"][row, head if case.bias == "each" else 0, step]
+                    logits = [a + float(bias[x.position]) for a, x in zip(logits, visible, strict=True)]
                 extra = [float(t["sinks"][head])] if case.sinks else []
                 top = max(logits + extra)
                 total = sum(math.exp(x - top) for x in logits + extra)
@@ -242,6 +249,7 @@ CASES = st.builds(
     window=st.none() | st.integers(1, 30),
     chunked=st.booleans(),
     slopes=st.booleans(),
+    bias=st.sampled_from([None, "shared", "each"]),
     softcap=st.none() | st.sampled_from([0.5, 20.0]),
     sinks=st.booleans(),
     decay=st.none() | st.sampled_from([0.5, 0.95]),
@@ -304,6 +312,7 @@ SERVED = {
     "window within the new tokens": Case(old=(3, 12, 30), new=(9, 1, 8), window=3),
     "chunks": Case(old=(3, 12, 30), new=(9, 1, 8), window=6, chunked=True),
     "slopes": Case(old=(3, 12, 30), new=(9, 1, 8), window=20, slopes=True),
+    "bias": Case(old=(3, 12, 30), new=(9, 1, 8), window=20, bias="each"),
 }
 
 
