@@ -96,9 +96,50 @@ def _doge_mask(
     return mask.masked_fill(torch.zeros_like(mask).scatter(-1, index, 1.0) == 0, lowest)
 
 
+def _qwen4_selected(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor,
+    past_key_values: Any = None,
+) -> Tensor:
+    """Python loops over rows and queries. What a query sees is what the last one sees, up to itself: so the blocks into
+    which visible tokens are counted are the same for every query, and those that it has whole come first."""
+    from transformers.models.qwen4_exp.modeling_qwen4_exp import apply_rotary_pos_emb
+
+    rows, tokens, _ = hidden_states.shape
+    (cos, sin), width, size = position_embeddings, self.index_head_dim, self.compress_ratio
+    heads = self.index_qk_proj(hidden_states).view(rows, tokens, -1, width)
+    query = apply_rotary_pos_emb(self.q_layernorm(heads[:, :, :-1]), cos=cos, sin=sin, unsqueeze_dim=2)
+    key = heads[:, :, -1]
+    visible = (attention_mask == 0)[:, 0]  # [rows, queries, keys]
+    counted = visible[:, -1]  # [rows, keys]
+    rank = counted.cumsum(-1) - 1
+    blocks = -(-key.shape[1] // size)
+    block = rank.div(size, rounding_mode="floor").masked_fill(~counted, 0)
+
+    def pooled(values: Tensor, of: Tensor) -> Tensor:
+        """Sums over the tokens `of` each block: ``[rows, blocks, dim]``."""
+        index = block[..., None].expand_as(values)
+        return values.new_zeros(rows, blocks, values.shape[2]).scatter_add(1, index, values * of[..., None])
+
+    keys = self.k_layernorm((pooled(key.float(), counted) / size).to(key.dtype))
+    first = counted & (rank % size == 0)
+    keys = apply_rotary_pos_emb(keys[:, None], cos=pooled(cos, first), sin=pooled(sin, first))  # [rows, 1, blocks, dim]
+    scores = torch.matmul(query.float(), keys.float().transpose(-1, -2)).relu().sum(2) / width**0.5
+    whole = visible.sum(-1, keepdim=True).div(size, rounding_mode="floor")  # [rows, queries, 1]
+    behind = torch.arange(blocks, device=key.device) >= whole
+    chosen = scores.masked_fill(behind, float("-inf")).topk(torch.sym_min(self.block_topk, blocks)).indices
+    kept = behind.scatter(-1, chosen, True)  # the tokens behind the last whole block as well
+    selected = kept.gather(-1, block[:, None].expand(-1, tokens, -1)) & visible
+    lowest = torch.finfo(attention_mask.dtype).min
+    return torch.zeros_like(attention_mask).masked_fill(~selected[:, None], lowest)
+
+
 _PATCHES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("transformers.models.aria.modeling_aria", "sequential_experts_gemm", _aria_gemm),
     ("transformers.models.dbrx.modeling_dbrx", "DbrxExperts.forward", _dbrx_experts),
     ("transformers.models.doge.modeling_doge", "DogeAttention.prepare_dynamic_mask", _doge_mask),
+    ("transformers.models.qwen4_exp.modeling_qwen4_exp", "Qwen4ExpTextQSAIndexer.forward", _qwen4_selected),
     ("transformers.models.longcat_flash.modeling_longcat_flash", "LongcatFlashExperts.forward", _longcat_experts),
 )

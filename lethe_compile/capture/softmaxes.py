@@ -16,7 +16,7 @@ class AttentionHook(TorchDispatchMode):
     """Calls `edit(index, scores)` on the operand ``[..., tokens, tokens (+ 1)]`` of each softmax over tokens.
 
     And, with the index of the softmax that follows, on what ranks keys for it: the operand of a `topk` over tokens, and
-    of a maximum over blocks of them, ``[..., tokens, blocks, size]``.
+    of a maximum over blocks of them, ``[..., tokens, blocks, size]``; and on an additive mask that is compared.
 
     Attributes:
         count: softmaxes over tokens met so far.
@@ -32,6 +32,8 @@ class AttentionHook(TorchDispatchMode):
             self.count += 1
         elif func in (aten.logsumexp.default, aten.topk.default) and self._over_tokens(args[0]):
             args = (self.edit(self.count, args[0]), *args[1:])  # a log-sum-exp ahead of the softmax is a sink's
+        elif func is aten.eq.Scalar and self._over_tokens(args[0]):  # asks a mask what it lets through
+            args = (self.edit(self.count, args[0]), *args[1:])
         elif func is aten.amax.default and self._over_blocks(args[0]):
             blocks = args[0].shape[-2:]
             args = (self.edit(self.count, args[0].flatten(-2)).unflatten(-1, blocks), *args[1:])

@@ -46,7 +46,8 @@ CONFIGS: dict[str, Settings] = {
         "ngram_vocab_size_base": 101,
         "make_ngram_vocab_size_divisible_by": 8,
         "split_ngram_parts": 1,
-        "indexer_n_heads": 2,
+        "indexer_n_heads": 16,  # as `index_n_heads`
+        "pad_token_id": None,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
         "indexer_budget": 6,
