@@ -47,7 +47,7 @@ class Axes:
         if node not in self._known:
             pairs = self._given(node) if self._is_leaf(node) else self._made(node)
             found: dict[Signature, Reading] = {}
-            for signature, reading in pairs:
+            for signature, reading in sorted(pairs, key=lambda pair: _foreign(*pair)):
                 found.setdefault(signature, reading)
             self._known[node] = dict(sorted(found.items(), key=lambda item: _unlikely(item[0])))
         return self._known[node]
@@ -145,6 +145,12 @@ def _sides(shape: tuple[int, ...]) -> str | None:
     """The sides that a shape counts, "qk" for queries before keys; None if it counts one of them twice."""
     sides = "".join({QUERIES: "q", KEYS: "k"}.get(size, "") for size in shape)
     return sides if sides in ("", "q", "k", "qk", "kq") else None
+
+
+def _foreign(signature: Signature, reading: Reading) -> int:
+    """Operands that count what the result does not: not all operators object to sizes that do not fit."""
+    own = {size for size in _flat(signature) if size in (QUERIES, KEYS)}
+    return sum(not {s for s in _flat(each) if s in (QUERIES, KEYS)} <= own for each in reading.operands)
 
 
 def _unlikely(signature: Signature) -> int:

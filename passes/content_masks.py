@@ -131,7 +131,8 @@ class _Shared:
             return False
         if node in self.relating:
             return self.band(node) is not None
-        return node in self.content or not token_dims(node, self.program)
+        rows = shape_of(self.program.input_ids)[0]
+        return node in self.content or all(same_size(s, rows) for s in shape_of(node) if is_symbolic(s))
 
     def band(self, node: fx.Node) -> Mask | None:
         """The band that a mask is, proved, if it depends on positions alone and is one."""

@@ -11,6 +11,7 @@ from torch import fx
 from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.passes.base import Note, PassResult, refuse
 from lethe_compile.passes.check import fake_mode_of
+from lethe_compile.passes.padding import keep_tokens
 from lethe_compile.passes.program import (
     CACHED_OP,
     COLUMNS_OP,
@@ -50,6 +51,7 @@ class InsertAttention:
     name: ClassVar[str] = "insert-attention"
 
     def run(self, program: Program) -> PassResult:
+        keep_tokens(program)
         _drop_input(program, "attention_mask")
         state = _add_inputs(program)
         columns = _columns(program, state)
