@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-from lethe_compile.passes.axes import KEYS, QUERIES, Axes, Signature, operands_of, token_dims
+from lethe_compile.passes.axes import KEYS, QUERIES, Signature, operands_of, token_dims
 from lethe_compile.passes.base import Note, PassResult, refuse
 from lethe_compile.passes.check import fake_mode_of
-from lethe_compile.passes.classify_masks import prove
-from lethe_compile.passes.evaluate import evaluate, sample_inputs
 from lethe_compile.passes.mask_constants import NotABand
 from lethe_compile.passes.program import (
     BIAS,
     COLUMNS_SITE_OP,
-    SHAPE_ONLY,
-    SITE_OP,
     VISIBLE_SITE_OP,
     Mask,
     Program,
     Site,
-    ancestors,
     is_call,
     is_symbolic,
     remove_dead,
@@ -33,13 +28,13 @@ from lethe_compile.passes.program import (
     shape_of,
     with_cache_groups,
 )
-from lethe_compile.passes.rewrite_positions import counts_tokens, start_of
+from lethe_compile.passes.relations import Relations, counts, denies, sampled
+from lethe_compile.passes.rewrite_positions import start_of
 
 aten = torch.ops.aten
 
 # Calls that only arrange what a token has: cached is what they arrange.
 _LAYOUT = (aten.transpose, aten.permute, aten.unsqueeze, aten.squeeze, aten.to, aten.contiguous, aten.slice)
-_SAMPLE = 13  # tokens on which it is seen what a mask's values mean
 _EXAMPLE = 23  # positions of the input `seen` that the graph is checked with
 
 
@@ -62,15 +57,15 @@ class ContentMasks:
     name: ClassVar[str] = "content-masks"
 
     def run(self, program: Program) -> PassResult:
-        content = _content(program)
-        affected = [s for s in program.sites if any(operand in content for operand in _operands(s))]
+        relations = Relations(program)
+        affected = [s for s in program.sites if not relations.content.isdisjoint(_operands(s))]
         if not affected:
             return PassResult(program)
-        seen, shared = _add_seen(program), _Shared(program, content)
+        seen, made = _add_seen(program), dict[_Key, fx.Node]()
         sites, notes = list(program.sites), []
         for site in affected:
             try:
-                sites[site.layer] = done = _Rewriter(program, site, seen, shared).rewrite()
+                sites[site.layer] = done = _Rewriter(program, site, seen, relations, made).rewrite()
             except NotABand as reason:
                 raise refuse(str(reason), program, site.layer) from reason
             cached = f"{done.columns} numbers cached beside each key" if done.columns else "nothing cached"
@@ -85,25 +80,6 @@ def _operands(site: Site) -> list[fx.Node]:
     return [n for n in (site.node.args[3], site.node.args[BIAS]) if isinstance(n, fx.Node)]
 
 
-def _content(program: Program) -> set[fx.Node]:
-    """Nodes whose values depend on the token ids, and not on their number alone."""
-    found = {program.input_ids}
-    for node in program.graph.nodes:
-        if not is_call(node, *SHAPE_ONLY) and any(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _relating(program: Program) -> set[fx.Node]:
-    """Nodes that relate tokens to tokens, and what is made of them; what attention gives belongs to one token again."""
-    found: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        follows = any(n in found for n in node.all_input_nodes) and not is_call(node, SITE_OP, *SHAPE_ONLY)
-        if follows or len(token_dims(node, program)) > 1:
-            found.add(node)
-    return found
-
-
 def _add_seen(program: Program) -> fx.Node:
     """The new input ``seen [P]`` int64: 0 … P-1, beyond the position of every token."""
     with program.graph.inserting_after(program.placeholders()[-1]):
@@ -114,72 +90,22 @@ def _add_seen(program: Program) -> fx.Node:
     return node
 
 
-class _Shared:
-    """What the sites of one program share: what is known of its nodes, and nodes that were made anew."""
-
-    def __init__(self, program: Program, content: set[fx.Node]) -> None:
-        self.program, self.content, self.relating = program, content, _relating(program)
-        self.bands: dict[fx.Node, Mask | None] = {}
-        self.made: dict[tuple[fx.Node, Signature], fx.Node] = {}
-        self.axes = Axes(program, self.is_leaf)
-
-    def is_leaf(self, node: fx.Node) -> bool:
-        """Whether a value is taken as it is: what a token has of its own, a size of the input, a band."""
-        if node.op != "call_function" or is_call(node, aten.sym_size) or _counts(node, self.program):
-            return True
-        if isinstance(node.meta["val"], torch.SymInt):
-            return False
-        if node in self.relating:
-            return self.band(node) is not None
-        rows = shape_of(self.program.input_ids)[0]
-        return node in self.content or all(same_size(s, rows) for s in shape_of(node) if is_symbolic(s))
-
-    def band(self, node: fx.Node) -> Mask | None:
-        """The band that a mask is, proved, if it depends on positions alone and is one."""
-        if node not in self.bands:
-            rank = len(shape_of(node))
-            fits = rank > 1 and token_dims(node, self.program) == [rank - 2, rank - 1]
-            alone = fits and self.content.isdisjoint(ancestors(node, stop=(aten.sym_size,)))
-            self.bands[node] = self._prove(node) if alone else None
-        return self.bands[node]
-
-    def bands_in(self, nodes: Sequence[fx.Node]) -> set[Mask]:
-        """The bands that values are made of."""
-        found, seen, stack = set(), set[fx.Node](), list(nodes)
-        while stack:
-            node = stack.pop()
-            if node not in seen:
-                seen.add(node)
-                if node in self.relating and (band := self.band(node)) is not None:
-                    found.add(band)
-                stack.extend([] if self.is_leaf(node) else node.all_input_nodes)
-        return found
-
-    def _prove(self, node: fx.Node) -> Mask | None:
-        allows = node
-        with self.program.graph.inserting_after(node):
-            if _denies(self.program, node):
-                allows = self.program.graph.call_function(aten.logical_not.default, (node,))
-        try:
-            return prove(self.program, allows)
-        except NotABand:
-            return None
-        finally:
-            if allows is not node:
-                self.program.graph.erase_node(allows)
+_Key = tuple[fx.Node, Signature, "int | None"]  # a node, which reading of it, and the layer that it was made for
 
 
 class _Rewriter:
     """Makes the bias of one site anew."""
 
-    def __init__(self, program: Program, site: Site, seen: fx.Node, shared: _Shared) -> None:
-        self._program, self._site, self._seen, self._shared = program, site, seen, shared
-        self._graph, self._axes = program.graph, shared.axes
+    def __init__(
+        self, program: Program, site: Site, seen: fx.Node, relations: Relations, made: dict[_Key, fx.Node]
+    ) -> None:
+        self._program, self._site, self._seen, self._made = program, site, seen, made
+        self._graph, self._relations, self._axes = program.graph, relations, relations.axes
         self._bands: dict[tuple[fx.Node, int], fx.Node] = {}
         self._width = 0  # numbers cached for this layer so far
 
     def rewrite(self) -> Site:
-        node, bands = self._site.node, self._shared.bands_in(_operands(self._site))
+        node, bands = self._site.node, self._relations.bands_in(_operands(self._site))
         with self._graph.inserting_before(node):
             terms = [self._operand(n) for n in _operands(self._site)]
             bias = terms[0] if len(terms) == 1 else self._graph.call_function(aten.add.Tensor, tuple(terms))
@@ -195,7 +121,7 @@ class _Rewriter:
 
     def _operand(self, operand: fx.Node) -> fx.Node:
         """A mask or bias ``[B, h, T | 1, T]`` as what is added to scores, ``[B, h, T | 1, P]``."""
-        if self._shared.band(operand) is not None:
+        if self._relations.band(operand) is not None:
             return self._added(operand, self._visible(operand, 4))
         wanted = ((QUERIES, KEYS), (1, KEYS))
         readings = [s for s in self._axes.readings(operand) if len(s) == 4 and s[2:] in wanted]
@@ -211,18 +137,18 @@ class _Rewriter:
         return self._graph.call_function(aten.where.ScalarOther, (node, zero, -torch.inf))
 
     def _make(self, node: fx.Node, signature: Signature, rank: int) -> fx.Node:
-        """The node that computes that reading, for one of that rank; what was made for an earlier layer is shared."""
-        if node in self._shared.relating and self._shared.band(node) is not None:
+        """The node that computes that reading, for one of that rank.
+
+        What was made for an earlier layer serves where that layer's keys were ranked or hidden: layers share a choice.
+        """
+        if node in self._relations.relating and self._relations.band(node) is not None:
             return self._visible(node, max(3, rank, len(signature)))
-        made = self._shared.made
-        if (node, signature) not in made:
-            if not self._axes.counts_keys(node, signature):
-                made[node, signature] = node
-            elif self._shared.is_leaf(node):
-                made[node, signature] = self._of_keys(node)
-            else:
-                made[node, signature] = self._again(node, signature)
-        return made[node, signature]
+        if not self._axes.counts_keys(node, signature):
+            return node
+        key = (node, signature, None if self._relations.bands_in([node]) else self._site.layer)
+        if key not in self._made:
+            self._made[key] = self._of_keys(node) if self._relations.is_leaf(node) else self._again(node, signature)
+        return self._made[key]
 
     def _again(self, node: fx.Node, signature: Signature) -> fx.Node:
         operands = self._axes.readings(node)[signature].operands
@@ -240,10 +166,10 @@ class _Rewriter:
         if node is self._program.placeholder("position_ids"):
             rows = self._graph.call_function(aten.sym_size.int, (self._program.input_ids, 0))
             return self._graph.call_function(aten.expand.default, (self._seen, [rows, -1]))
-        if _counts(node, self._program):
+        if counts(node, self._program):
             counted = self._graph.call_function(aten.add.Tensor, (self._seen, start_of(node)))
             return self._graph.call_function(aten.to.dtype, (counted, node.meta["val"].dtype))
-        if node in self._shared.content:
+        if node in self._relations.content:
             return self._cached(node)
         raise NotABand(f"its mask takes '{node.name}' of earlier tokens, which is not understood")
 
@@ -298,7 +224,7 @@ class _Rewriter:
 
         It differs from row to row, as the band may not do: `rank` is that of what it meets, ``[B, 1 …, T, P]``.
         """
-        band = self._shared.band(node)
+        band = self._relations.band(node)
         assert band is not None
         if (node, rank) in self._bands:
             return self._bands[node, rank]
@@ -309,23 +235,9 @@ class _Rewriter:
         kind = node.meta["val"].dtype
         if kind != torch.bool:
             zero = self._graph.call_function(aten.zeros.default, ([],), {"dtype": kind, "device": self._program.device})
-            denying = float(_sample(self._program, node).min())
+            denying = float(sampled(self._program, node).min())
             value = self._graph.call_function(aten.where.ScalarOther, (value, zero, denying))
-        elif _denies(self._program, node):
+        elif denies(self._program, node):
             value = self._graph.call_function(aten.logical_not.default, (value,))
         self._bands[node, rank] = value
         return value
-
-
-def _counts(node: fx.Node, program: Program) -> bool:
-    return is_call(node, aten.arange) and counts_tokens(node, program, {})
-
-
-def _sample(program: Program, node: fx.Node) -> Tensor:
-    value: Tensor = evaluate(program.module, node, sample_inputs(_SAMPLE, device=program.device))
-    return value
-
-
-def _denies(program: Program, node: fx.Node) -> bool:
-    """Whether a boolean mask says what is hidden, as the last token is from the first query."""
-    return node.meta["val"].dtype == torch.bool and bool(_sample(program, node)[..., 0, -1].all())

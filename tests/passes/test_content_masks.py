@@ -105,6 +105,23 @@ def test_what_masks_read_of_keys_is_cached_beside_them() -> None:
     assert all(site.mask is not None and site.mask.kind == "causal" for site in program.sites)
 
 
+def scored(toy: Toy, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    toy.now.scores = query[:, 0] @ key[:, 0].mT
+    return attended(query, key, value, top(toy.now.scores)[:, None])
+
+
+def ranked_again(toy: Toy, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return attended(query, key, value, top(-toy.now.scores)[:, None])
+
+
+def test_a_layer_that_ranks_another_layers_keys_keeps_them_for_itself() -> None:
+    """The other layer may have evicted what this one retains."""
+    model = placed(scored, ranked_again)
+    program = program_after(model, "insert-attention")
+    assert [site.columns * site.kv_heads for site in program.sites] == [HEAD_DIM, HEAD_DIM]
+    assert_computes_the_same(model, optimized(model))
+
+
 def by_token(toy: Toy, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     ids = toy.now.tokens
     return attended(query, key, value, ((ids[:, None] != ids[:, :, None]) & tril(ids.shape[1]))[:, None])
