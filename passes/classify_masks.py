@@ -37,6 +37,8 @@ class ClassifyMasks:
     its constant: the sub-graph is run twice with the constant replaced by small values, and the band must follow it. A
     mask stored as a table is evaluated at the table's size, which then limits the model (`Mask.longest`).
 
+    Masks that depend on the content were dealt with before, see `passes.content_masks`.
+
     An additive bias of scores goes the same way: ``attention_site(…, bias, …)  =>  attention_site(…, None, …)`` with
     ``Site.slopes``, if it is ALiBi's, which falls linearly with the distance of a key; see `passes.alibi`.
     """
