@@ -114,7 +114,8 @@ def ours(fast: OptimizedModel, rows: int, length: int, steps: int, *, pruned: bo
     retained = length if cap is None else min(length, cap - config.interval)
     prompt = min(PROMPT, retained)
     active = torch.ones(rows, dtype=torch.bool, device=fast.device)
-    room = length + steps if cap is None else min(cap, length + steps)
+    room = length + steps + config.interval  # pages are taken an interval ahead
+    room = room if cap is None else min(cap, room)
     with ExitStack() as stack:
         stack.callback(setattr, fast, "kv_memory", fast.kv_memory)
         if fast.device.type == "cuda":  # pools of just the size that this needs, whatever ran before
