@@ -37,7 +37,7 @@ class InsertAttention:
     ``attention_site(q, k, v, None, sinks, None, scale, softcap, window, layer)``  =>
     ``attention(q, k, v, k_pages, v_pages, slot_position, slot_mass, page_table, length, positions, new_lengths, …)``
 
-    ``columns_site(x, seen, layer, offset)``  =>  ``columns(x, k_pages, …, seen, …)``, with x behind the key in the cache
+    ``columns_site(x, seen, layer, offset)``  =>  ``columns(x, k_pages, …, seen, …)``, x cached behind the key
     ``visible_site(ids, seen, …)``  =>  ``visible(slot_position, …, seen, …)``
 
     New inputs: `new_lengths`, for each page pool `k_pages_g`, `v_pages_g`, `slot_position_g`, `slot_mass_g`, and
