@@ -9,6 +9,7 @@ from lethe_compile.passes.fuse_projections import FuseProjections
 from lethe_compile.passes.insert_attention import InsertAttention
 from lethe_compile.passes.insert_state import InsertState
 from lethe_compile.passes.locate_attention import LocateAttention
+from lethe_compile.passes.locate_cache import LocateCache
 from lethe_compile.passes.normalize import Normalize
 from lethe_compile.passes.rewrite_positions import RewritePositions
 
@@ -20,6 +21,7 @@ def pipeline(decay: float | None, peak: bool = False, *, fuse: bool = False) -> 
     """
     fusions: tuple[Pass, ...] = (FuseProjections(),) if fuse else ()
     return (
+        LocateCache(),
         Normalize(),
         LocateAttention(),
         FoldRepeatKV(),

@@ -60,20 +60,26 @@ class Normalize:
 
     def run(self, program: Program) -> PassResult:
         graph = program.graph
-        notes = _inline_regions(program.module)
-        for node in list(graph.nodes):
-            if node.op == "call_module" or is_call(node, *_ASSERTIONS):  # a module is torch.export's input guards
-                graph.erase_node(node)
-            elif (source := _identity(node)) is not None:
-                node.replace_all_uses_with(source)
-                graph.erase_node(node)
-            elif is_call(node, *_VIEWS):
-                node.target = aten.reshape.default
+        notes = tidy(program.module)
         _unify_sizes(program)
         if dead := remove_dead(graph):
             notes.append(Note(graph.output_node().name, f"{dead} dead nodes dropped"))
         program.module.recompile()
         return PassResult(program, tuple(notes))
+
+
+def tidy(module: fx.GraphModule) -> list[Note]:
+    """Inline regions, strip assertions and identities, and make every view a reshape."""
+    notes, graph = _inline_regions(module), module.graph
+    for node in list(graph.nodes):
+        if node.op == "call_module" or is_call(node, *_ASSERTIONS):  # a module is torch.export's input guards
+            graph.erase_node(node)
+        elif (source := _identity(node)) is not None:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+        elif is_call(node, *_VIEWS):
+            node.target = aten.reshape.default
+    return notes
 
 
 def _identity(node: fx.Node) -> fx.Node | None:

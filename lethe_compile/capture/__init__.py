@@ -24,6 +24,8 @@ from lethe_compile.capture.graph import (
 )
 from lethe_compile.capture.peft import capture_peft, peft_base
 from lethe_compile.capture.quantized import exportable, is_finite, plain_tensors
+from lethe_compile.capture.step import capture_step, is_step
+from lethe_compile.capture.step_module import bind_weights, capture_step_module, is_lifted
 from lethe_compile.capture.transformers import capture_transformers
 from lethe_compile.errors import InputError
 
@@ -87,6 +89,8 @@ def check_weights(model: nn.Module) -> None:
 
 
 def _capture_program(exported: torch.export.ExportedProgram) -> Captured:
+    if is_step(exported):
+        return capture_step(exported)
     module = exported.module(check_guards=False)
     names = [str(n.target) for n in module.graph.nodes if n.op == "placeholder"]
     leaves, structure = tree_flatten(exported.example_inputs)
@@ -102,6 +106,11 @@ def _capture_program(exported: torch.export.ExportedProgram) -> Captured:
 
 
 def _capture_module(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] | None) -> Captured:
+    if isinstance(model, fx.GraphModule) and isinstance(example_inputs, Sequence) and is_lifted(model):
+        model, example_inputs = bind_weights(model, example_inputs)
+    step = capture_step_module(model, _parameters(model), _by_name(model, example_inputs))
+    if step is not None:
+        return step
     example = _example(model, example_inputs)
     roles = roles_of(example)
     program = to_program(export(model, example), roles)
@@ -113,19 +122,29 @@ def _capture_module(model: nn.Module, example_inputs: Sequence[Any] | Mapping[st
     return Captured(program, original)
 
 
+def _parameters(model: nn.Module) -> list[str]:
+    """The names of the arguments of a module."""
+    if isinstance(model, fx.GraphModule):
+        return [str(n.target) for n in model.graph.nodes if n.op == "placeholder"]
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _by_name(model: nn.Module, given: Sequence[Any] | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if given is None or isinstance(given, Mapping):
+        return None if given is None else dict(given)
+    names = _parameters(model)
+    if len(given) > len(names):
+        raise InputError(f"{len(given)} example inputs for a model that takes {len(names)}: {', '.join(names)}")
+    return dict(zip(names, given, strict=False))
+
+
 def _example(model: nn.Module, given: Sequence[Any] | Mapping[str, Any] | None) -> dict[str, Any]:
     """Example arguments by parameter name: those given, or made up for parameters whose names are known."""
-    if isinstance(model, fx.GraphModule):
-        names = [str(n.target) for n in model.graph.nodes if n.op == "placeholder"]
-    else:
-        parameters = inspect.signature(model.forward).parameters.values()
-        names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if isinstance(given, Mapping):
-        return dict(given)
-    if given is not None:
-        if len(given) > len(names):
-            raise InputError(f"{len(given)} example inputs for a model that takes {len(names)}: {', '.join(names)}")
-        return dict(zip(names, given, strict=False))
+    known = _by_name(model, given)
+    if known is not None:
+        return known
+    names = _parameters(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     ids = example_ids(device)
     example = dict.fromkeys(names[:1], ids)

@@ -1,0 +1,164 @@
+"""Decode steps that are modules: examples of their arguments; graphs of torch.compile, which take weights as inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from lethe_compile.capture.graph import ROLES, Captured, evaluating
+from lethe_compile.capture.step import STEP_POSITIONS, capture_step, is_step, root_of
+from lethe_compile.errors import UnsupportedGraphError
+from lethe_compile.passes.program import is_symbolic, written
+
+_WEIGHT = ("_parameters_", "_buffers_", "_modules_")  # in the names that torch.compile gives to what a module owns
+
+
+def capture_step_module(model: nn.Module, names: Sequence[str], example: Mapping[str, Any] | None) -> Captured | None:
+    """Capture `model` if it is a decode step, else None: it has caches, or its `example` is not ids [>= 2, >= 2].
+
+    Raises:
+        UnsupportedGraphError: torch cannot export it, or see `capture_step`.
+    """
+    if example is None:
+        example = _example(model, names)
+    elif all(isinstance(leaf, Tensor) and leaf.dim() == 2 and min(leaf.shape) > 1 for leaf in tree_leaves(example)):
+        return None
+    if example is None:
+        return None
+    step = _flat(model) if isinstance(model, fx.GraphModule) else model
+    exported = _export(step, example)
+    if not is_step(exported):
+        return None
+
+    def call(**arguments: Any) -> Any:
+        with evaluating(step):
+            return step(**arguments)
+
+    return capture_step(exported, call, step)
+
+
+def _flat(module: fx.GraphModule) -> fx.GraphModule:
+    """The graph with its placeholders for arguments, each by its name."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph)
+
+
+def _example(model: nn.Module, names: Sequence[str]) -> dict[str, Any] | None:
+    """One token a row for a module with static caches among its buffers; None for any other."""
+    caches = [b for b in model.buffers() if b.dim() == 4 and b.is_floating_point()]
+    if not caches or not names:
+        return None
+    ids = torch.ones(len(caches[0]), 1, dtype=torch.int64, device=caches[0].device)
+    example: dict[str, Any] = {names[0]: ids}
+    for name in names[1:]:
+        if name in ("input_pos", *STEP_POSITIONS):
+            example[name] = torch.zeros(1, dtype=torch.int64, device=ids.device)
+        elif name in ROLES["position_ids"]:
+            example[name] = torch.zeros_like(ids)
+    return example
+
+
+def _export(model: nn.Module, example: Mapping[str, Any]) -> torch.export.ExportedProgram:
+    """Export with every size dynamic that may be: more than one, and not of a cache that is written in place."""
+    try:
+        with evaluating(model), torch.no_grad():
+            exported = torch.export.export(model, (), dict(example), dynamic_shapes=_shapes(example, ()), strict=False)
+            fixed = _written_inputs(exported, tree_leaves(dict(example)))
+            if fixed:
+                shapes = _shapes(example, fixed)
+                exported = torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)
+    except UnsupportedGraphError:
+        raise
+    except Exception as error:  # torch.export raises many kinds; each means that there is no graph to work on
+        raise UnsupportedGraphError(
+            f"the model cannot be exported: {type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            hint="pass example_inputs of one decode step: token ids [rows, 1], positions, a past of 2 or more tokens",
+        ) from error
+    return exported
+
+
+def _shapes(example: Mapping[str, Any], fixed: Sequence[Tensor]) -> Any:
+    shapes = torch.export.ShapesCollection()
+    for leaf in tree_leaves(dict(example)):
+        if isinstance(leaf, Tensor) and not any(leaf is other for other in fixed):
+            dynamic = {dim: torch.export.Dim.AUTO for dim, size in enumerate(leaf.shape[:3]) if size > 1}
+            if dynamic:
+                shapes[leaf] = dynamic
+    return shapes
+
+
+def _written_inputs(exported: torch.export.ExportedProgram, leaves: Sequence[Any]) -> list[Tensor]:
+    graph = exported.graph_module.graph
+    names = list(exported.graph_signature.user_inputs)
+    roots = {root_of(target).name for node in graph.nodes for target in written(node)}
+    return [leaf for name, leaf in zip(names, leaves, strict=True) if name in roots and isinstance(leaf, Tensor)]
+
+
+# ------------------------------------------------------------------------------------------------------- torch.compile
+
+
+def is_lifted(module: fx.GraphModule) -> bool:
+    """Whether a graph is one that torch.compile made: the weights of its model are among its inputs."""
+    return any(n.op == "placeholder" and any(part in str(n.target) for part in _WEIGHT) for n in module.graph.nodes)
+
+
+def bind_weights(module: fx.GraphModule, example: Sequence[Any]) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """A graph as torch.compile hands it to a backend, with what it lifted put back: (module, inputs that are left).
+
+    Parameters, and whatever else the model owns by its name, become attributes; numbers that came as tensors become
+    numbers; sizes that came as integers are read off the tensors that have them.
+
+    Raises:
+        UnsupportedGraphError: an integer is no size of a tensor.
+    """
+    graph, root, left = fx.Graph(), nn.Module(), {}
+    copied: dict[fx.Node, Any] = {}
+    given = dict(zip([n for n in module.graph.nodes if n.op == "placeholder"], example, strict=True))
+    for node, value in given.items():
+        if isinstance(value, Tensor) and not _is_weight(node, value):
+            copied[node] = graph.node_copy(node)
+            left[str(node.target)] = value
+    for node, value in given.items():
+        if node not in copied:
+            copied[node] = _bound(graph, root, node, value, copied)
+    for node in module.graph.nodes:
+        if node.op == "output":
+            graph.output(fx.node.map_arg(node.args[0], copied.__getitem__))
+        elif node.target == "item" and isinstance(number := copied.get(node.args[0]), float):
+            copied[node] = number
+        elif node.op != "placeholder":
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+            if node.op in ("get_attr", "call_module"):
+                setattr(root, str(node.target), getattr(module, str(node.target)))
+    return fx.GraphModule(root, graph), left
+
+
+def _is_weight(node: fx.Node, value: Tensor) -> bool:
+    return isinstance(value, nn.Parameter) or any(part in str(node.target) for part in _WEIGHT)
+
+
+def _bound(graph: fx.Graph, root: nn.Module, node: fx.Node, value: Any, copied: Mapping[fx.Node, Any]) -> Any:
+    """What stands for an input that is none of the decoder's."""
+    if isinstance(value, Tensor):
+        if value.dim() == 0 and value.dtype == torch.float64:
+            return float(value)  # a Python number of the model
+        name = str(node.target).replace(".", "_")
+        root.register_parameter(name, value) if isinstance(value, nn.Parameter) else root.register_buffer(name, value)
+        return graph.get_attr(name)
+    symbol = str(node.meta.get("example_value"))
+    for source, copy in copied.items():
+        for dim, size in enumerate(getattr(source.meta.get("example_value"), "shape", ())):
+            if is_symbolic(size) and str(size) == symbol:
+                return graph.call_method("size", (copy, dim))
+    if not node.users:
+        return value
+    raise UnsupportedGraphError(
+        f"the graph takes the number '{node.target}', and nothing says how it goes on from step to step",
+        node=node.name,
+        hint="compile a step whose position is a tensor, such as cache_position",
+    )
