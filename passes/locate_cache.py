@@ -210,7 +210,20 @@ def _positions(program: Program, steps: Steps, sites: Sequence[StepSite], sample
         offset = int(counts[0].flatten()[0]) - samples[0]
         if all(bool((count == past + offset).all()) for count, past in zip(counts, samples, strict=True)):
             offsets[node] = offset
-    return {n: offset for n, offset in offsets.items() if any(u in live and u not in offsets for u in n.users)}
+    used = {n: offset for n, offset in offsets.items() if any(u in live and u not in offsets for u in n.users)}
+    return used | _table_rows(steps, [n for n in program.graph.nodes if n in live and n not in tokens], samples)
+
+
+def _table_rows(steps: Steps, nodes: Sequence[fx.Node], samples: Sequence[int]) -> dict[fx.Node, int]:
+    """Of ``table[past + c : past + c + 1]``, with a table of numbers that is a constant, each and its c."""
+    found = {}
+    for node in (n for n in nodes if is_call(n, aten.slice) and n.meta["val"].is_floating_point()):
+        start = argument(node, 2, "start")
+        if argument(node, 1, "dim", 0) == 0 and isinstance(start, fx.Node) and not _varies(node.all_input_nodes[0]):
+            offsets = {steps.values([start], past)[0] - past for past in samples}
+            if len(offsets) == 1 and steps.size(node)[0] == 1:
+                found[node] = int(offsets.pop())
+    return found
 
 
 def _may_count(steps: Steps, node: fx.Node) -> bool:

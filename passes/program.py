@@ -68,7 +68,7 @@ class State:
 
 @dataclass(frozen=True)
 class Step:
-    """What the inputs of a decode step mean, and how its state goes on. The graph returns the logits alone."""
+    """What the inputs of a decode step mean, and how its state goes on. Its graph returns logits and new states."""
 
     roles: Mapping[fx.Node, str]  # "input_ids" | "position" | "attention_mask"
     states: tuple[State, ...]

@@ -137,16 +137,20 @@ class Steps:
                 values[node] = node.target(*args, **kwargs)
         return [values[target] for target in targets]
 
-    def _inputs(self, past: int, padding: int) -> dict[fx.Node, Tensor]:
+    def _inputs(self, past: int, padding: int) -> dict[fx.Node, Any]:
         """A value for each input; caches are zeros that take no memory."""
-        values = {node: self._input(node, role, past, padding) for node, role in self.step.roles.items()}
+        values: dict[fx.Node, Any] = {
+            node: self._input(node, role, past, padding) for node, role in self.step.roles.items()
+        }
         for state in self.step.states:
             count = past if state.counts else 0
             zeros = torch.full((), count, dtype=state.node.meta["val"].dtype, device=self.device)
             values[state.node] = zeros.expand(self.shape(state, past))
         return values
 
-    def _input(self, node: fx.Node, role: str, past: int, padding: int) -> Tensor:
+    def _input(self, node: fx.Node, role: str, past: int, padding: int) -> Tensor | int:
+        if not isinstance(node.meta["val"], Tensor):
+            return past
         dtype = node.meta["val"].dtype
         if role == "attention_mask":
             shape = self._shape(node, past + 1)

@@ -56,7 +56,7 @@ class WholeSequence:
     """Builds the graph ``(input_ids [B, T], position_ids [B, T]) -> logits [B, T, vocab]`` out of that of a step.
 
     A value of shape ``[b, …]`` in a step of b rows has here ``[N, …]``, or ``[k·N, …]`` where it was ``[k·b, …]``:
-    each is checked. `positions` are the nodes that hold the token's position, each plus a constant.
+    each is checked. `positions` are the nodes that hold the token's position plus a constant, or that row of a table.
     """
 
     def __init__(
@@ -99,7 +99,9 @@ class WholeSequence:
         return fx.GraphModule(self._source.module, self._graph)
 
     def _needs(self, node: fx.Node) -> list[fx.Node]:
-        if node in self._positions or self._counts_rows(node):
+        if node in self._positions:
+            return node.all_input_nodes[:1] if _is_row(node) else []
+        if self._counts_rows(node):
             return []
         return self._sites[node].operands if node in self._sites else node.all_input_nodes
 
@@ -139,9 +141,12 @@ class WholeSequence:
         return _number_or(self._call(node.target, args, kwargs, node))
 
     def _position(self, node: fx.Node) -> fx.Node:
-        rank, offset, dtype = max(1, len(self._steps.size(node))), self._positions[node], node.meta["val"].dtype
+        rank = 1 if _is_row(node) else max(1, len(self._steps.size(node)))
+        offset, dtype = self._positions[node], node.meta["val"].dtype
         value = self._reshape(self._position_ids, [self._count, *[1] * (rank - 1)])
         value = self._call(aten.add.Tensor, (value, offset)) if offset else value
+        if _is_row(node):
+            return self._call(aten.index_select.default, (self._values[node.all_input_nodes[0]], 0, value), like=node)
         return value if dtype == torch.int64 else self._call(aten.to.dtype, (value, dtype))
 
     def _convert_rows(self, node: fx.Node, args: list[Any], kwargs: Any) -> Any:
@@ -320,6 +325,11 @@ class WholeSequence:
         with self._mode, torch.no_grad():
             node.meta["val"] = target(*given, **options)
         return node
+
+
+def _is_row(node: fx.Node) -> bool:
+    """Whether a position is a row of a table, not a number."""
+    return bool(node.meta["val"].is_floating_point())
 
 
 def _number_or(node: fx.Node) -> Any:

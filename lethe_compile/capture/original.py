@@ -101,9 +101,11 @@ class OriginalStep:
         logits: Tensor = outputs[self._logits]
         return logits.clone()
 
-    def _argument(self, node: fx.Node, role: str, ids: Tensor, past: int) -> Tensor:
+    def _argument(self, node: fx.Node, role: str, ids: Tensor, past: int) -> Tensor | int:
         if role == "input_ids":
             return ids
+        if node not in self._dtypes:
+            return past
         (rows, tokens), sizes, dtype = ids.shape, self._sizes[node], self._dtypes[node]
         if role == "attention_mask":
             total = past + tokens if is_symbolic(sizes[1]) else int(sizes[1])

@@ -148,7 +148,7 @@ def _state(name: str, node: fx.Node, after: fx.Node) -> State:
 
 
 def _pasts(inputs: Sequence[fx.Node], outputs: Sequence[fx.Node | None], known: Collection[fx.Node]) -> list[State]:
-    """Caches that come in as inputs and go out, longer, as outputs."""
+    """Caches that come in as inputs, and go out with new tokens as outputs."""
     found = []
     for node in inputs:
         name, value = str(node.target), node.meta.get("val")
@@ -161,7 +161,7 @@ def _pasts(inputs: Sequence[fx.Node], outputs: Sequence[fx.Node | None], known: 
             reason = f"the input '{name}' looks like a cache, and {many} that with new tokens"
             hint = "return the joined keys and values, one output for each past input"
             raise UnsupportedGraphError(reason, node=node.name, hint=hint)
-        if past_dim(node) is None:
+        if past_dim(node) is None and sizes_of(afters[0]) != sizes_of(node):
             reason = f"the input '{name}' is a past of {list(sizes_of(node))} that cannot grow"
             raise UnsupportedGraphError(reason, node=node.name, hint="export it with its number of tokens dynamic")
         found.append(State(name, node, afters[0]))
@@ -201,7 +201,7 @@ def _roles(inputs: Sequence[fx.Node]) -> dict[fx.Node, str]:
 def _role_by_name(node: fx.Node) -> str | None:
     name, value = str(node.target), node.meta.get("val")
     if not isinstance(value, Tensor):
-        return None
+        return "position" if name in _POSITIONS and isinstance(value, torch.SymInt) else None
     if name in ROLES["attention_mask"]:
         return "attention_mask" if value.dim() == 2 else None
     if value.is_floating_point() or value.dtype == torch.bool:
