@@ -87,6 +87,7 @@ class Past(StepToy):
     def forward(self, ids: Tensor, past_keys: Tensor, past_values: Tensor) -> Any:  # type: ignore[override]
         self.past = {"keys": past_keys, "values": past_values}
         self.after: dict[str, Tensor] = {}
+        self.first: Any = None
         position = torch.arange(ids.shape[1]) + past_keys.shape[2]
         return self.attend(ids, position), self.after["keys"], self.after["values"]
 

@@ -299,7 +299,15 @@ def read_before(toy: StepToy, name: str, new: Tensor, at: Any) -> Tensor:
 
 
 def twice(toy: StepToy, name: str, new: Tensor, at: Any) -> Tensor:
-    """The past goes out with one tensor, and is read with another."""
+    """The past goes out with its own token, and values are read with the keys of that token."""
+    assert isinstance(toy, Past)
+    toy.after[name] = torch.cat([toy.past[name], new], dim=-2)
+    toy.first = new if name == "keys" else toy.first
+    return torch.cat([toy.past[name], toy.first], dim=-2)
+
+
+def turned(toy: StepToy, name: str, new: Tensor, at: Any) -> Tensor:
+    """The token is read with its heads in another order than the past's."""
     assert isinstance(toy, Past)
     toy.after[name] = torch.cat([toy.past[name], new], dim=-2)
     return torch.cat([toy.past[name], new.roll(1, dims=1)], dim=-2)
@@ -412,7 +420,8 @@ NEAR_MISSES: dict[str, tuple[Callable[[], torch.export.ExportedProgram], str]] =
     "cat in front": (lambda: exported(Past(in_front)), "goes to slot 0, not 1, of the cache 'past_keys'"),
     "a slot too far": (lambda: exported(StepToy(beside)), "goes to slot 1, not 0, of the cache 'keys'"),
     "the newest unseen": (lambda: exported(StepToy(read_before)), "is not the cache 'keys' with the new token"),
-    "past used twice": (lambda: exported(Past(twice)), "'cat_1' joins the cache 'past_keys' with more than the token"),
+    "past used twice": (lambda: exported(Past(twice)), "joins the cache 'past_values' with more than the token"),
+    "turned": (lambda: exported(Past(turned)), "rearranges the cache 'past_keys'"),
     "fading": (lambda: exported(StepToy(fading)), "what becomes of the cache 'keys' is not what it was"),
     "overwriting": (lambda: exported(StepToy(overwriting)), "rearranges the cache 'keys'"),
     "not returned": (lambda: exported(Past(lost)), "'past_keys' looks like a cache, and none of its outputs is that"),
