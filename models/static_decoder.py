@@ -1,7 +1,7 @@
 """A decoder in the idiom of gpt-fast: static caches as buffers, written in place at `input_pos`, tables for the rest.
 
-The module is a decode step that carries its own cache. A mask table and a table of rotations are indexed by the
-positions given; attention reads the whole cache, under the mask. Queries, keys and values come from one projection.
+A decode step that carries its own cache: tables of masks and of rotations are indexed by the positions given, and
+attention reads the whole cache under the mask. Queries, keys and values come from one projection.
 """
 
 from __future__ import annotations
@@ -22,12 +22,9 @@ class StaticConfig:
     hidden: int = 96
     heads: int = 4
     kv_heads: int = 2
+    head_dim: int = 16
     layers: int = 3
     rope_theta: float = 10000.0
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
 
 
 class KVCache(nn.Module):
@@ -64,7 +61,7 @@ class StaticAttention(nn.Module):
         super().__init__()
         self.config = config
         self.wqkv = nn.Linear(config.width, (config.heads + 2 * config.kv_heads) * config.head_dim, bias=False)
-        self.wo = nn.Linear(config.width, config.width, bias=False)
+        self.wo = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
         self.kv_cache: KVCache | None = None
 
     def forward(self, x: Tensor, freqs: Tensor, mask: Tensor, input_pos: Tensor) -> Tensor:
@@ -134,8 +131,8 @@ def rotate(x: Tensor, freqs: Tensor) -> Tensor:
     """Rotary embedding of ``x [rows, T, heads, head_dim]``, neighbours paired; ``freqs [T, head_dim / 2, 2]``."""
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     freqs = freqs.view(1, pairs.size(1), 1, pairs.size(3), 2)
-    cos, sin = freqs[..., 0], freqs[..., 1]
-    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = freqs.unbind(-1)
+    even, odd = pairs.unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(3)
 
 

@@ -158,8 +158,7 @@ def find_read(steps: Steps, cache: Cache, node: fx.Node, keys_last: bool) -> Rea
     Raises:
         UnsupportedGraphError: it is not the keys, or values, of every token.
     """
-    own = {cache.state.node, cache.new}
-    if any(steps.step.roles.get(n) == "input_ids" for n in needed([node], own)):
+    if steps.reads(node, "input_ids", given={cache.state.node, cache.new}):
         raise refusal(node, f"'{node.name}' joins the cache '{cache.state.name}' with more than the token it keeps")
     reads = {_read(steps, cache, node, keys_last, past) for past in (2, 3)}
     if len(reads) != 1:

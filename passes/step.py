@@ -89,6 +89,11 @@ class Steps:
         self.rows = 1 if is_symbolic(batch) else int(batch)
         self._sizes: dict[fx.Node, tuple[int, ...]] = {}
 
+    def reads(self, node: fx.Node, role: str, given: Collection[fx.Node] = ()) -> bool:
+        """Whether `node` is computed from more of an input than its size, other than through nodes in `given`."""
+        sizes = [n for n in node.graph.nodes if is_call(n, aten.sym_size)]
+        return any(self.step.roles.get(n) == role for n in needed([node], {*given, *sizes}))
+
     def held(self, state: State, past: int) -> int:
         """Tokens that a growing cache holds when `past` tokens came before."""
         return min(past, self.limits.get(state, past))

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from lethe_compile.passes.cache_ops import Read
 from lethe_compile.passes.mask_constants import NotABand
-from lethe_compile.passes.program import Mask, is_call
+from lethe_compile.passes.program import Mask
 from lethe_compile.passes.step import Steps, needed
 
 _DENSE = 48  # numbers of tokens before the step that are tried one after the other
@@ -40,16 +40,10 @@ def prove(steps: Steps, mask: StepMask | None, key: Read) -> Mask:
     found = _band(rows)
     for past, row in rows.items():
         _expect(row, past, found)
-    if mask is not None and _reads_padding(steps, mask):
+    if mask is not None and steps.reads(mask.node, "attention_mask"):
         for past in [p for p in rows if p < _DENSE][_PADDING::7]:
             _expect(_visible(steps, mask, key, past, padding=_PADDING), past, found, hidden=_PADDING)
     return found
-
-
-def _reads_padding(steps: Steps, mask: StepMask) -> bool:
-    """Whether more of an input `attention_mask` than its size enters the mask."""
-    sizes = {n for n in needed([mask.node]) if is_call(n, torch.ops.aten.sym_size)}
-    return any(steps.step.roles.get(n) == "attention_mask" for n in needed([mask.node], sizes))
 
 
 def _pasts(steps: Steps, mask: StepMask | None, key: Read) -> list[int]:

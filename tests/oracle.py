@@ -89,10 +89,8 @@ def hidden_in_sdpa(recorder: Recorder, row: int) -> Iterator[None]:
     calls = iter(range(10_000))
 
     def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        tokens = q.shape[2]
-        causal = (
-            torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril() if attn_mask is None else attn_mask
-        )
+        tokens, mask = q.shape[2], attn_mask
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril() if mask is None else mask
         visible = causal & recorder.visible(next(calls), row, tokens, q.device)
         return (q @ k.mT * q.shape[3] ** -0.5).masked_fill(~visible, -torch.inf).softmax(-1) @ v
 

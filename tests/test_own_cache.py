@@ -1,4 +1,4 @@
-"""Decode steps of transformers with caches of their own, static and growing, as torch.export and torch.compile give them.
+"""Decode steps of transformers with caches of their own, static and growing, from torch.export and torch.compile.
 
 Optimized, they write the tokens of the original's own loop, exactly, and pruned their logits are the eviction oracle's.
 """
@@ -136,6 +136,15 @@ def use(monkeypatch: pytest.MonkeyPatch, captured: Captured) -> None:
     monkeypatch.setattr("lethe_compile.api.capture", again)
 
 
+def assert_features(fast: lethe.OptimizedModel, config: Any) -> None:
+    """Windows and softcaps are those of the configuration."""
+    every = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    kinds = getattr(config, "layer_types", None) or [every] * len(fast.sites)
+    windows = [site.mask.window if site.mask else None for site in fast.sites]
+    assert windows == [WINDOW if kind == "sliding_attention" else None for kind in kinds]
+    assert {site.softcap for site in fast.sites} == {getattr(config, "attn_logit_softcapping", None)}
+
+
 def generated(model: Any, ids: Tensor, mask: Tensor, new: int) -> Tensor:
     options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     out: Tensor = model.generate(ids, attention_mask=mask, **options)
@@ -149,6 +158,7 @@ def test_a_static_cache_of_one_row_serves_batches_and_prefills(
     use(monkeypatch, static_case.captured)
     fast = lethe.optimize(static_case.step, policy="full")
     assert fast.max_positions == SLOTS
+    assert_features(fast, static_case.model.config)
     ids, mask = torch.randint(3, 97, (3, 15)), torch.ones(3, 15, dtype=torch.int64)
     mask[1, :6], mask[2, :12] = 0, 0
     out = generated(fast, ids, mask, 40)
@@ -159,25 +169,10 @@ def test_a_static_cache_of_one_row_serves_batches_and_prefills(
 def test_a_growing_cache_serves_batches_and_prefills(growing_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, growing_case.captured)
     fast = lethe.optimize(growing_case.step, policy="full")
+    assert_features(fast, growing_case.model.config)
     ids, mask = torch.randint(3, 97, (3, 15)), torch.ones(3, 15, dtype=torch.int64)
     mask[1, :6], mask[2, :12] = 0, 0
     assert torch.equal(generated(fast, ids, mask, 40), generated(growing_case.model, ids, mask, 40))
-
-
-def windows(fast: lethe.OptimizedModel) -> list[int | None]:
-    return [site.mask.window if site.mask else None for site in fast.sites]
-
-
-@pytest.mark.parametrize("kind", ["static_case", "growing_case"])
-def test_windows_and_softcaps_are_found(
-    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = request.getfixturevalue(kind)
-    use(monkeypatch, one.captured)
-    fast = lethe.optimize(one.step, policy="full", verified=False)
-    layers = getattr(one.model.config, "layer_types", None) or ["full_attention"] * len(fast.sites)
-    assert windows(fast) == [WINDOW if layer == "sliding_attention" else None for layer in layers]
-    assert {site.softcap for site in fast.sites} == {getattr(one.model.config, "attn_logit_softcapping", None)}
 
 
 def assert_pruned_as_the_oracle(one: Case, pruning: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,14 +189,14 @@ def test_a_static_cache_pruned_matches_the_oracle(
     assert_pruned_as_the_oracle(static_case, pruning, monkeypatch)
 
 
-@pytest.mark.parametrize("pruning", PRUNING)
+@pytest.mark.parametrize("pruning", ["lethe", "capped"])
 def test_a_growing_cache_pruned_matches_the_oracle(
     growing_case: Case, pruning: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert_pruned_as_the_oracle(growing_case, pruning, monkeypatch)
 
 
-# ------------------------------------------------------------------------------------------------ other ways to hand over
+# ---------------------------------------------------------------------------------------------- other ways to hand over
 
 
 def assert_tokens(model: Any, fast: lethe.OptimizedModel) -> None:
