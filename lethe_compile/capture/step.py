@@ -28,8 +28,8 @@ from lethe_compile.passes.program import (
 from lethe_compile.passes.step import moved, past_dim, sizes_of
 
 STEP_POSITIONS = ("cache_position", "cache_positions", "start_pos", "past_length")
-_POSITIONS = (*ROLES["position_ids"], *STEP_POSITIONS)
-_NAMES = f"{', '.join(ROLES['input_ids'])} (token ids), {', '.join(_POSITIONS)} (positions), attention_mask"
+POSITIONS = (*ROLES["position_ids"], *STEP_POSITIONS)
+_NAMES = f"{', '.join(ROLES['input_ids'])} (token ids), {', '.join(POSITIONS)} (positions), attention_mask"
 
 
 def is_step(exported: torch.export.ExportedProgram) -> bool:
@@ -201,19 +201,20 @@ def _roles(inputs: Sequence[fx.Node]) -> dict[fx.Node, str]:
 def _role_by_name(node: fx.Node) -> str | None:
     name, value = str(node.target), node.meta.get("val")
     if not isinstance(value, Tensor):
-        return "position" if name in _POSITIONS and isinstance(value, torch.SymInt) else None
+        return "position" if name in POSITIONS and isinstance(value, torch.SymInt) else None
     if name in ROLES["attention_mask"]:
         return "attention_mask" if value.dim() == 2 else None
     if value.is_floating_point() or value.dtype == torch.bool:
         return None
     if name in ROLES["input_ids"]:
         return "input_ids" if value.dim() == 2 else None
-    return "position" if name in _POSITIONS and value.dim() <= 2 else None
+    return "position" if name in POSITIONS and value.dim() <= 2 else None
 
 
 def _logits(outputs: Sequence[fx.Node | None], afters: Collection[fx.Node]) -> fx.Node:
     """The first floating-point output of rank 3, or else of rank 2, that is no state."""
-    results = [n for n in outputs if n is not None and n not in afters and n.meta["val"].is_floating_point()]
+    tensors = [n for n in outputs if n is not None and n not in afters and isinstance(n.meta["val"], Tensor)]
+    results = [n for n in tensors if n.meta["val"].is_floating_point()]
     for rank in (3, 2):
         for node in results:
             if node.meta["val"].dim() == rank:

@@ -10,10 +10,11 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from lethe_compile.capture.graph import ROLES, Captured, evaluating
-from lethe_compile.capture.step import STEP_POSITIONS, capture_step, is_step, root_of
+from lethe_compile.capture.step import POSITIONS, STEP_POSITIONS, capture_step, is_step, root_of
 from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.passes.program import is_symbolic, written
 
+PAST_LENGTH = "past_length"
 _WEIGHT = ("_parameters_", "_buffers_", "_modules_")  # in the names that torch.compile gives to what a module owns
 
 
@@ -67,10 +68,11 @@ def _export(model: nn.Module, example: Mapping[str, Any]) -> torch.export.Export
     """Export with every size dynamic that may be: more than one, and not of a cache that is written in place."""
     try:
         with evaluating(model), torch.no_grad():
-            exported = torch.export.export(model, (), dict(example), dynamic_shapes=_shapes(example, ()), strict=False)
+            shapes = _shapes(model, example, ())
+            exported = torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)
             fixed = _written_inputs(exported, tree_leaves(dict(example)))
             if fixed:
-                shapes = _shapes(example, fixed)
+                shapes = _shapes(model, example, fixed)
                 exported = torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)
     except UnsupportedGraphError:
         raise
@@ -82,14 +84,16 @@ def _export(model: nn.Module, example: Mapping[str, Any]) -> torch.export.Export
     return exported
 
 
-def _shapes(example: Mapping[str, Any], fixed: Sequence[Tensor]) -> Any:
+def _shapes(model: nn.Module, example: Mapping[str, Any], fixed: Sequence[Tensor]) -> Any:
     shapes = torch.export.ShapesCollection()
     for leaf in tree_leaves(dict(example)):
         if isinstance(leaf, Tensor) and not any(leaf is other for other in fixed):
             dynamic = {dim: torch.export.Dim.AUTO for dim, size in enumerate(leaf.shape[:3]) if size > 1}
             if dynamic:
                 shapes[leaf] = dynamic
-    return shapes
+    named = shapes.dynamic_shapes(model, (), dict(example))
+    dynamic_numbers = [n for n, v in example.items() if type(v) is int and n in POSITIONS]
+    return {**named, **dict.fromkeys(dynamic_numbers, torch.export.Dim.AUTO)}
 
 
 def _written_inputs(exported: torch.export.ExportedProgram, leaves: Sequence[Any]) -> list[Tensor]:
@@ -111,14 +115,19 @@ def bind_weights(module: fx.GraphModule, example: Sequence[Any]) -> tuple[fx.Gra
     """A graph as torch.compile hands it to a backend, with what it lifted put back: (module, inputs that are left).
 
     Parameters, and whatever else the model owns by its name, become attributes; numbers that came as tensors become
-    numbers; sizes that came as integers are read off the tensors that have them.
+    numbers; sizes that came as integers are read off the tensors that have them. Integers that the graph returns larger
+    by one count the tokens so far: they become the input `past_length`.
 
     Raises:
-        UnsupportedGraphError: an integer is no size of a tensor.
+        UnsupportedGraphError: an integer is none of these, or two count differently.
     """
     graph, root, left = fx.Graph(), nn.Module(), {}
     copied: dict[fx.Node, Any] = {}
     given = dict(zip([n for n in module.graph.nodes if n.op == "placeholder"], example, strict=True))
+    counters = [node for node, value in given.items() if not isinstance(value, Tensor) and _counts(node)]
+    if counters:
+        left[PAST_LENGTH] = _agreed(counters)
+        copied = dict.fromkeys(counters, graph.placeholder(PAST_LENGTH))
     for node, value in given.items():
         if isinstance(value, Tensor) and not _is_weight(node, value):
             copied[node] = graph.node_copy(node)
@@ -128,7 +137,8 @@ def bind_weights(module: fx.GraphModule, example: Sequence[Any]) -> tuple[fx.Gra
             copied[node] = _bound(graph, root, node, value, copied)
     for node in module.graph.nodes:
         if node.op == "output":
-            graph.output(fx.node.map_arg(node.args[0], copied.__getitem__))
+            results = [n for n in node.all_input_nodes if isinstance(n.meta.get("example_value"), Tensor)]
+            graph.output(tuple(copied[n] for n in results))
         elif node.target == "item" and isinstance(number := copied.get(node.args[0]), float):
             copied[node] = number
         elif node.op != "placeholder":
@@ -140,6 +150,28 @@ def bind_weights(module: fx.GraphModule, example: Sequence[Any]) -> tuple[fx.Gra
 
 def _is_weight(node: fx.Node, value: Tensor) -> bool:
     return isinstance(value, nn.Parameter) or any(part in str(node.target) for part in _WEIGHT)
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether an integer comes out of the graph larger by one."""
+    before = _symbol(node)
+    outputs = node.graph.output_node().all_input_nodes
+    return before is not None and any(_symbol(n) == before + 1 for n in outputs)
+
+
+def _symbol(node: fx.Node) -> Any:
+    """The expression of a dynamic integer, None for anything else."""
+    value = node.meta.get("example_value")
+    return value.node.expr if isinstance(value, torch.SymInt) else None
+
+
+def _agreed(counters: Sequence[fx.Node]) -> int:
+    """The number of tokens that counters stood at when the graph was captured."""
+    counts = {node: int(node.meta["example_value"].node.hint) for node in counters}
+    if len(set(counts.values())) > 1:
+        stood = ", ".join(f"'{node.target}' at {count}" for node, count in counts.items())
+        raise UnsupportedGraphError(f"the numbers that count tokens differ: {stood}", node=counters[0].name)
+    return counts[counters[0]]
 
 
 def _bound(graph: fx.Graph, root: nn.Module, node: fx.Node, value: Any, copied: Mapping[fx.Node, Any]) -> Any:
