@@ -50,7 +50,7 @@ class LocateCache:
         longest = min(rooms, default=None)
         positions = find_positions(program, steps, sites, longest)
         module = WholeSequence(program, steps, sites, positions).build()
-        notes = [_note(site, layer) for layer, site in enumerate(sites)]
+        notes = [_note(site, layer, program.step.least) for layer, site in enumerate(sites)]
         return PassResult(replace(program, module=module, step=None, longest=longest), tuple(notes))
 
 
@@ -61,9 +61,11 @@ def _with_band(steps: Steps, site: StepSite) -> StepSite:
         raise refusal(site.result, str(reason)) from reason
 
 
-def _note(site: StepSite, layer: int) -> Note:
+def _note(site: StepSite, layer: int, least: int) -> Note:
     cache = site.key.cache
     kind = cache.kind if cache.room is None else f"{cache.kind}, room for {cache.room} tokens"
     mask = site.band.kind if site.band.window is None else f"{site.band.kind}, window {site.band.window}"
     text = f"'{cache.state.name}' and '{site.value.cache.state.name}' gone ({kind}); the step's mask: {mask}"
+    if least and cache.kind == "shift":
+        text += f", captured for {least} tokens before it or more, and completed for fewer"
     return Note(site.result.name, text, layer)

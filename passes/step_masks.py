@@ -71,7 +71,9 @@ def _visible(steps: Steps, mask: StepMask | None, key: Read, past: int, padding:
     empty = (allowed & (positions < 0)).nonzero()
     if len(empty):
         name = key.cache.state.name
-        raise NotABand(f"with {past} tokens before it, a token sees slot {int(empty[0])} of '{name}', which holds none")
+        rolls = ", as the step expects it to be full" if key.cache.kind == "shift" else ""
+        slot = int(empty[0])
+        raise NotABand(f"with {past} tokens before it, a token sees slot {slot} of '{name}', which holds none{rolls}")
     visible = torch.zeros(past + 1, dtype=torch.bool, device=steps.device)
     visible[positions[allowed]] = True
     return visible

@@ -15,7 +15,13 @@ from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.passes.program import is_symbolic, written
 
 PAST_LENGTH = "past_length"
-_WEIGHT = ("_parameters_", "_buffers_", "_modules_")  # in the names that torch.compile gives to what a module owns
+_LEAST = "lethe_least_past"  # in the meta of a graph: the least `past_length` that its guards allow
+_WEIGHT = (
+    "L_self_",
+    "_parameters_",
+    "_buffers_",
+    "_modules_",
+)  # in the names that torch.compile gives to what a module owns
 
 
 def capture_step_module(model: nn.Module, names: Sequence[str], example: Mapping[str, Any] | None) -> Captured | None:
@@ -39,7 +45,7 @@ def capture_step_module(model: nn.Module, names: Sequence[str], example: Mapping
         with evaluating(step):
             return step(**arguments)
 
-    return capture_step(exported, call, step)
+    return capture_step(exported, call, step, model.meta.get(_LEAST, 0) if isinstance(model, fx.GraphModule) else 0)
 
 
 def _flat(module: fx.GraphModule) -> fx.GraphModule:
@@ -145,7 +151,9 @@ def bind_weights(module: fx.GraphModule, example: Sequence[Any]) -> tuple[fx.Gra
             copied[node] = graph.node_copy(node, copied.__getitem__)
             if node.op in ("get_attr", "call_module"):
                 setattr(root, str(node.target), getattr(module, str(node.target)))
-    return fx.GraphModule(root, graph), left
+    bound = fx.GraphModule(root, graph)
+    bound.meta[_LEAST] = max((_least(node) for node in counters), default=0)
+    return bound, left
 
 
 def _is_weight(node: fx.Node, value: Tensor) -> bool:
@@ -163,6 +171,12 @@ def _symbol(node: fx.Node) -> Any:
     """The expression of a dynamic integer, None for anything else."""
     value = node.meta.get("example_value")
     return value.node.expr if isinstance(value, torch.SymInt) else None
+
+
+def _least(counter: fx.Node) -> int:
+    symbol = counter.meta["example_value"].node
+    lower = symbol.shape_env.bound_sympy(symbol.expr).lower
+    return max(0, int(lower)) if lower.is_Integer else 0  # else unbounded
 
 
 def _agreed(counters: Sequence[fx.Node]) -> int:
