@@ -95,7 +95,7 @@ def _original_of(program: Program) -> OriginalStep:
     """The step as its own graph, which takes and returns all of its state."""
     assert program.step is not None
     inputs, outputs = program.placeholders(), program.graph.output_node().all_input_nodes
-    example = ([0] * len(inputs), {})
+    example: Any = ([0] * len(inputs), {})
     roles, states = program.step.roles, program.step.states
     return OriginalStep(program.module, None, example, inputs, roles, states, outputs, outputs[0])
 

@@ -16,12 +16,8 @@ from lethe_compile.passes.program import is_symbolic, written
 
 PAST_LENGTH = "past_length"
 _LEAST = "lethe_least_past"  # in the meta of a graph: the least `past_length` that its guards allow
-_WEIGHT = (
-    "L_self_",
-    "_parameters_",
-    "_buffers_",
-    "_modules_",
-)  # in the names that torch.compile gives to what a module owns
+# In the names that torch.compile gives to what a module owns.
+_WEIGHT = ("L_self_", "_parameters_", "_buffers_", "_modules_")
 
 
 def capture_step_module(model: nn.Module, names: Sequence[str], example: Mapping[str, Any] | None) -> Captured | None:
@@ -45,7 +41,8 @@ def capture_step_module(model: nn.Module, names: Sequence[str], example: Mapping
         with evaluating(step):
             return step(**arguments)
 
-    return capture_step(exported, call, step, model.meta.get(_LEAST, 0) if isinstance(model, fx.GraphModule) else 0)
+    least = model.meta.get(_LEAST, 0) if isinstance(model, fx.GraphModule) else 0
+    return capture_step(exported, call, step, least)
 
 
 def _flat(module: fx.GraphModule) -> fx.GraphModule:
@@ -74,11 +71,12 @@ def _export(model: nn.Module, example: Mapping[str, Any]) -> torch.export.Export
     """Export with every size dynamic that may be: more than one, and not of a cache that is written in place."""
     try:
         with evaluating(model), torch.no_grad():
-            shapes = _shapes(model, example, ())
+            fixed = _of_fixed_size(model, example)
+            shapes = _shapes(model, example, fixed)
             exported = torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)
-            fixed = _written_inputs(exported, tree_leaves(dict(example)))
-            if fixed:
-                shapes = _shapes(model, example, fixed)
+            inputs = _written_inputs(exported, tree_leaves(dict(example)))
+            if any(all(leaf is not other for other in fixed) for leaf in inputs):
+                shapes = _shapes(model, example, [*fixed, *inputs])
                 exported = torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)
     except UnsupportedGraphError:
         raise
@@ -100,6 +98,16 @@ def _shapes(model: nn.Module, example: Mapping[str, Any], fixed: Sequence[Tensor
     named = shapes.dynamic_shapes(model, (), dict(example))
     dynamic_numbers = [n for n, v in example.items() if type(v) is int and n in POSITIONS]
     return {**named, **dict.fromkeys(dynamic_numbers, torch.export.Dim.AUTO)}
+
+
+def _of_fixed_size(model: nn.Module, example: Mapping[str, Any]) -> list[Tensor]:
+    """The arguments of a captured graph that have no dynamic size in it."""
+    fixed = []
+    for node in model.graph.nodes if isinstance(model, fx.GraphModule) else ():
+        value, given = node.meta.get("example_value", node.meta.get("val")), example.get(str(node.target))
+        if node.op == "placeholder" and isinstance(value, Tensor) and isinstance(given, Tensor):
+            fixed += [] if any(is_symbolic(size) for size in value.shape) else [given]
+    return fixed
 
 
 def _written_inputs(exported: torch.export.ExportedProgram, leaves: Sequence[Any]) -> list[Tensor]:
@@ -127,7 +135,8 @@ def bind_weights(module: fx.GraphModule, example: Sequence[Any]) -> tuple[fx.Gra
     Raises:
         UnsupportedGraphError: an integer is none of these, or two count differently.
     """
-    graph, root, left = fx.Graph(), nn.Module(), {}
+    graph, root = fx.Graph(), nn.Module()
+    left: dict[str, Any] = {}
     copied: dict[fx.Node, Any] = {}
     given = dict(zip([n for n in module.graph.nodes if n.op == "placeholder"], example, strict=True))
     counters = [node for node, value in given.items() if not isinstance(value, Tensor) and _counts(node)]
