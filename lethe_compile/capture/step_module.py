@@ -21,14 +21,14 @@ _WEIGHT = ("L_self_", "_parameters_", "_buffers_", "_modules_")
 
 
 def capture_step_module(model: nn.Module, names: Sequence[str], example: Mapping[str, Any] | None) -> Captured | None:
-    """Capture `model` if it is a decode step, else None: it has caches, or its `example` is not ids [>= 2, >= 2].
+    """Capture `model` if it is a decode step, else None. It may be one where it has caches, or by its `example`.
 
     Raises:
         UnsupportedGraphError: torch cannot export it, or see `capture_step`.
     """
     if example is None:
         example = _example(model, names)
-    elif all(isinstance(leaf, Tensor) and leaf.dim() == 2 and min(leaf.shape) > 1 for leaf in tree_leaves(example)):
+    elif not _may_be_of_step(tree_leaves(example)):
         return None
     if example is None:
         return None
@@ -43,6 +43,14 @@ def capture_step_module(model: nn.Module, names: Sequence[str], example: Mapping
 
     least = model.meta.get(_LEAST, 0) if isinstance(model, fx.GraphModule) else 0
     return capture_step(exported, call, step, least)
+
+
+def _may_be_of_step(leaves: Sequence[Any]) -> bool:
+    """Whether there are token ids, and more or other than whole sequences."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    plain = all(isinstance(leaf, (Tensor, int, float, type(None))) for leaf in leaves)
+    whole = len(tensors) == len(leaves) and all(leaf.dim() == 2 and min(leaf.shape) > 1 for leaf in tensors)
+    return plain and any(leaf.dim() == 2 for leaf in tensors) and not whole
 
 
 def _flat(module: fx.GraphModule) -> fx.GraphModule:
