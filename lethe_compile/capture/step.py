@@ -69,7 +69,7 @@ def capture_step(
         UnsupportedGraphError: an input has no role, something that is written is no cache, or nothing returned is
             logits.
     """
-    module = functional(_without_aliases(exported))
+    module = functional(_without_aliases(exported), state=True)
     module.graph.set_codegen(fx.graph.CodeGen())
     module = fx.GraphModule(module, module.graph)  # without the hooks that check the old signature
     tidy(module)
