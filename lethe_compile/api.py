@@ -71,7 +71,9 @@ def optimize(
     captured = capture(model, example_inputs)
     device = captured.program.device
     chosen = choose_backend(backend, device, stateful=bool(captured.program.stateful))
-    result = run_pipeline(captured.program, pipeline(rule.decay, rule.peak, fuse=device.type == "cuda"))
+    own_cache = captured.program.step is not None
+    passes = pipeline(rule.decay, rule.peak, fuse=device.type == "cuda", own_cache=own_cache)
+    result = run_pipeline(captured.program, passes)
     fast = OptimizedModel(
         result.program,
         config,
