@@ -123,7 +123,9 @@ class LetheConfig:
         for key in values:
             if key not in known:
                 nearest = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-                raise ConfigError(f"{key!r} is not a setting of LetheConfig; the nearest is {nearest!r}")
+                raise ConfigError(
+                    f"{key!r} is not a setting of LetheConfig; the nearest is {nearest!r}, and all are {', '.join(known)}"
+                )
         return cls(**values)
 
 
