@@ -25,6 +25,7 @@ from lethe_compile.config import LetheConfig
 from lethe_compile.errors import ConfigError, InputError
 from lethe_compile.runtime import OptimizedModel
 from lethe_compile.torch_backend.forward import Forward
+from lethe_compile.torch_backend.static import Cached, Sessions
 
 _MODES = (None, "default", "reduce-overhead")  # the last is what an optimized model does on a GPU anyway
 
@@ -66,6 +67,7 @@ class _Compiled:
     fast: OptimizedModel
     weights: list[Tensor]  # held, so that no other tensor gets the identity of one
     kinds: list[Any]
+    sessions: Sessions
 
     def made_from(self, weights: Sequence[Tensor]) -> bool:
         same = len(weights) == len(self.weights) and all(a is b for a, b in zip(weights, self.weights, strict=True))
@@ -84,9 +86,21 @@ def _optimize(model: nn.Module, config: LetheConfig, example: Mapping[str, Tenso
     weights = [*model.parameters(), *model.buffers()]
     found = known.pop(config, None)
     if found is None or not found.made_from(weights):
-        found = _Compiled(api.optimize(model, config, example_inputs=example), weights, _kinds(weights))
+        found = _Compiled(api.optimize(model, config, example_inputs=example), weights, _kinds(weights), Sessions())
     known[config] = found  # the last one
     return found
+
+
+def _finder(model: nn.Module, config: LetheConfig) -> Callable[[], _Compiled]:
+    """Finds what `_optimize` made, without holding its weights: torch.compile keeps a graph longer than its model."""
+    reference = weakref.ref(model)
+
+    def find() -> _Compiled:
+        alive = reference()
+        assert alive is not None, "its weights have just come as inputs"
+        return _compiled[alive][config]
+
+    return find
 
 
 def _config(options: Mapping[str, Any] | None, mode: str | None) -> LetheConfig:
@@ -105,7 +119,6 @@ class _CompiledRegion:
     def __init__(self, region: Region, options: Mapping[str, Any] | None, mode: str | None) -> None:
         self._region, self._options, self._mode = region, options, mode
         self._ready: tuple[int, ...] = ()
-        self._run: Callable[..., Tensor]
 
     @torch.no_grad()
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
@@ -113,21 +126,16 @@ class _CompiledRegion:
         if self._ready != weights:
             self._prepare(inputs)
             self._ready = weights
-        return self._outputs.join(self._run(inputs), inputs)
+        compiled = self._find()
+        return self._call(compiled.fast, compiled.sessions, inputs)
 
     def _prepare(self, inputs: Sequence[Any]) -> None:
         region, config = self._region, _config(self._options, self._mode)
         model = region.check_owner()
         if model.training:
             raise InputError(f"{type(model).__name__} is in training mode: call eval() on it, an optimized model infers")
-        self._outputs = region.outputs()
-        roles = region.read(inputs)
+        outputs, roles = region.outputs(), region.read(inputs)
         compiled = _optimize(model, config, region.example(roles, inputs))
-        forward = Forward(region, roles, self._outputs)
-        forward.verify(compiled.fast, inputs)
-        finder = weakref.ref(model), config
-
-        def run(inputs: Sequence[Any]) -> Tensor:
-            return forward(_compiled[finder[0]()][config].fast, inputs)  # which holds the weights: a graph must not
-
-        self._run = run
+        self._call: Forward | Cached = (Cached if roles.cached else Forward)(region, roles, outputs)
+        self._call.verify(compiled.fast, compiled.sessions, inputs)
+        self._find = _finder(model, config)

@@ -24,12 +24,15 @@ class Forward:
     """
 
     def __init__(self, region: Region, roles: Roles, outputs: Outputs) -> None:
-        self._region, self._roles = region, roles
+        self._region, self._roles, self._outputs = region, roles, outputs
         self._last = last_tokens(region, roles, outputs)
         self._by_column = False
 
-    def __call__(self, fast: OptimizedModel, inputs: Sequence[Any]) -> Tensor:
-        """Logits of all tokens, or of the last ones where the graph computes no others."""
+    def __call__(self, fast: OptimizedModel, sessions: object, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """The graph's outputs; a generation under way is untouched."""
+        return self._outputs.join(self._last_logits(fast, inputs), inputs)
+
+    def _last_logits(self, fast: OptimizedModel, inputs: Sequence[Any]) -> Tensor:
         roles = self._roles
         mask = None if not roles.masks else inputs[roles.masks[0]]
         positions = None if roles.position_ids is None else inputs[roles.position_ids]
@@ -39,9 +42,10 @@ class Forward:
     def _logits(self, fast: OptimizedModel, ids: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
         if positions is None and self._by_column:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        return fast(ids.long(), positions, mask)
+        logits: Tensor = fast(ids.long(), positions, mask)
+        return logits
 
-    def verify(self, fast: OptimizedModel, inputs: Sequence[Any]) -> None:
+    def verify(self, fast: OptimizedModel, sessions: object, inputs: Sequence[Any]) -> None:
         """Run the graph and the optimized model on random ids of the shape of `inputs`, padded if there is a mask.
 
         Raises:
@@ -62,7 +66,7 @@ class Forward:
         for by_column in (False, True):
             self._by_column = by_column
             try:
-                expect_equal(fast, self(fast, given), expected, real)
+                expect_equal(fast, self._last_logits(fast, given), expected, real)
             except UnsupportedGraphError:
                 if by_column or roles.position_ids is not None or not roles.masks:
                     raise
