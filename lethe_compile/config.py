@@ -124,7 +124,7 @@ class LetheConfig:
             if key not in known:
                 nearest = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
                 raise ConfigError(
-                    f"{key!r} is not a setting of LetheConfig; the nearest is {nearest!r}, and all are {', '.join(known)}"
+                    f"{key!r} is not a setting of LetheConfig; the nearest is {nearest!r}, of {', '.join(known)}"
                 )
         return cls(**values)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from lethe_compile.capture.graph import ROLES, example_ids, roles_of
 from lethe_compile.errors import UnsupportedGraphError
 
-_PART = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.(\w+)")  # of a path such as L['kwargs']['past_key_values'].layers[0].keys
+# Of a path such as L['kwargs']['past_key_values'].layers[0].keys
+_PART = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.(\w+)")
 _LAYER = re.compile(r"^(?P<cache>.*)\.layers\[(?P<index>\d+)\]\.(?P<part>keys|values|cumulative_length)$")
-_COUNTED = ("cache_position",)  # columns of the sequence: they follow from the cache
 _BROKEN = "compile all of the model's forward: fullgraph=True says where a graph breaks"
 _DROP_CACHE = (
     "pass use_cache=False, or a static cache, whose place the pruned one takes: generate(cache_implementation='static')"
@@ -78,7 +78,7 @@ class Region:
             UnsupportedGraphError: an input is none of a decoder's.
         """
         layers: dict[int, dict[str, int]] = {}
-        masks, plain = [], {}
+        masks, plain, columns = [], {}, None
         for place, (path, name, value) in enumerate(zip(self.paths, self._names, inputs, strict=True)):
             if self.owned[place] or not isinstance(value, Tensor) or not self._used[place]:
                 continue
@@ -88,7 +88,9 @@ class Region:
                 masks.append(place)
             elif value.dim() == 2 and len(name) == 1:
                 plain[name[0]] = place
-            elif name[0] not in _COUNTED:
+            elif name == ("cache_position",):
+                columns = place
+            else:
                 raise UnsupportedGraphError(
                     f"the compiled graph takes {path} {list(value.shape)}, which is no input of a decoder",
                     hint=f"pass token ids, position_ids, attention_mask and past_key_values alone, and {_BROKEN}",
@@ -104,8 +106,7 @@ class Region:
             for _, layer in sorted(layers.items())
             if "keys" in layer and "values" in layer
         )
-        fresh = bool(layers) and not static
-        return Roles(places["input_ids"], places.get("position_ids"), tuple(masks), static, fresh)
+        return Roles(places["input_ids"], places.get("position_ids"), columns, tuple(masks), static)
 
     def example(self, roles: Roles, inputs: Sequence[Any]) -> dict[str, Tensor]:
         """Arguments of the model to capture it with, by name."""
@@ -124,14 +125,14 @@ class Region:
         return value
 
     def logits(self, inputs: Sequence[Any], changed: Mapping[int, Tensor]) -> Tensor:
-        """What the graph computes with other tensors in some places; whatever it writes, it writes to copies.
+        """What the graph computes with other tensors in some places, which it may write; other writes go to copies.
 
         Raises:
             UnsupportedGraphError: it writes to the model.
         """
         copies = [changed.get(place, value) for place, value in enumerate(inputs)]
         for place, value in enumerate(copies):
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and place not in changed:
                 with torch.inference_mode(False):  # whose tensors do not count what is written to them
                     copies[place] = value.clone()
         own = {p: v for p, v in enumerate(copies) if self.owned[p] and isinstance(v, Tensor)}
@@ -142,7 +143,7 @@ class Region:
         for place, value in own.items():
             if value._version != before[place]:
                 raise UnsupportedGraphError(
-                    f"the compiled graph writes {self.paths[place]}: the model keeps a cache, or another state, of its own",
+                    f"the compiled graph writes {self.paths[place]}: the model keeps a cache or other state of its own",
                     hint="lethe_compile.optimize takes such a decode step",
                 )
         logits: Tensor = results[self.outputs().place]
@@ -168,31 +169,42 @@ class Region:
                 hint=hint,
             )
         rest = [r for i, r in enumerate(results) if i != logits[0]]
-        return Outputs(logits[0], _example(results[logits[0]]), _rest(self.graph, computed, rest))
+        made = [i for i, r in enumerate(results) if i != logits[0] and _is_cache(r)]
+        return Outputs(logits[0], _example(results[logits[0]]), _rest(self.graph, computed, rest), tuple(made))
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Places among a graph's inputs. `fresh` is a static cache that the graph itself allocates, as a prefill may."""
+    """Places among a graph's inputs."""
 
     input_ids: int
     position_ids: int | None
+    cache_position: int | None  # columns of the sequence [T]
     masks: tuple[int, ...]
     static: tuple[StaticLayer, ...]
-    fresh: bool
-
-    @property
-    def cached(self) -> bool:
-        return self.fresh or bool(self.static)
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """The place of the logits, an example of them, and the graph of everything else that is returned or counted on."""
+    """The place of the logits, an example of them, and the graph of everything else that is returned or counted on.
+
+    `made` are the places of a static cache's tensors that the graph allocates, as a prefill may, keys before values.
+    """
 
     place: int
     example: Tensor
     rest: fx.GraphModule | None
+    made: tuple[int, ...]
+
+    def save_memory(self, windows: Collection[int | None]) -> None:
+        """Allocate a static cache's layers no more, but those of `windows`, which transformers goes on to read."""
+        if self.rest is None:
+            return
+        results: Any = self.rest.graph.output_node().args[0]
+        for node in results:
+            if _is_cache(node) and node.target is torch.zeros and _example(node).shape[2] not in windows:
+                node.target = unallocated
+        self.rest.recompile()
 
     def join(self, logits: Tensor, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """All outputs in order, with `logits` in their place; counters among the inputs go on."""
@@ -234,6 +246,16 @@ def _dependents(nodes: Sequence[fx.Node], roots: set[fx.Node]) -> dict[fx.Node, 
         if node.op != "output" and any(operand in found for operand in node.all_input_nodes):
             found[node] = None
     return found
+
+
+def unallocated(size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of that shape without memory: every element is the same NaN, and writing to it fails."""
+    return torch.full((), torch.nan, dtype=dtype, device=device).expand(size)
+
+
+def _is_cache(node: Any) -> bool:
+    value = _example(node)
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4
 
 
 def _is_logits(node: Any) -> bool:

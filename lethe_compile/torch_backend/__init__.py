@@ -86,7 +86,9 @@ def _optimize(model: nn.Module, config: LetheConfig, example: Mapping[str, Tenso
     weights = [*model.parameters(), *model.buffers()]
     found = known.pop(config, None)
     if found is None or not found.made_from(weights):
-        found = _Compiled(api.optimize(model, config, example_inputs=example), weights, _kinds(weights), Sessions())
+        with torch.compiler.set_stance("force_eager"):  # the model's forward may be the compiled one by now
+            fast = api.optimize(model, config, example_inputs=example)
+        found = _Compiled(fast, weights, _kinds(weights), Sessions())
     known[config] = found  # the last one
     return found
 
@@ -133,9 +135,11 @@ class _CompiledRegion:
         region, config = self._region, _config(self._options, self._mode)
         model = region.check_owner()
         if model.training:
-            raise InputError(f"{type(model).__name__} is in training mode: call eval() on it, an optimized model infers")
+            raise InputError(
+                f"{type(model).__name__} is in training mode, and an optimized model only infers: call eval()"
+            )
         outputs, roles = region.outputs(), region.read(inputs)
         compiled = _optimize(model, config, region.example(roles, inputs))
-        self._call: Forward | Cached = (Cached if roles.cached else Forward)(region, roles, outputs)
+        self._call: Forward | Cached = (Cached if roles.static or outputs.made else Forward)(region, roles, outputs)
         self._call.verify(compiled.fast, compiled.sessions, inputs)
         self._find = _finder(model, config)

@@ -18,7 +18,7 @@ HINT = "compile the model's own forward, called with padding masks [batch, token
 
 
 class Forward:
-    """A graph ``token ids [, positions] [, padding mask] -> logits`` of whole sequences, as a call of the optimized model.
+    """A graph ``token ids [, positions] [, padding mask] -> logits``, as the forward of an optimized model.
 
     `verify` comes first: it also finds out how the graph counts positions that it is not given, by column or by token.
     """
@@ -86,7 +86,7 @@ def last_tokens(region: Region, roles: Roles, outputs: Outputs) -> int | None:
         return None
     if not same_size(rows, batch) or not isinstance(returned, int):
         shape = list(outputs.example.shape)
-        reason = f"the compiled graph takes ids {[batch, tokens]} and returns logits {shape}: not those of the last tokens"
+        reason = f"the compiled graph takes ids {[batch, tokens]} and returns logits {shape}, not of the last tokens"
         raise UnsupportedGraphError(reason, hint=HINT)
     return returned
 

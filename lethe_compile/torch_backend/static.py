@@ -3,8 +3,11 @@
 The static cache's tensors arrive as inputs of the graph, and tell which generation a call belongs to. When the graph
 meets a cache that it does not know, or that others have written since, it begins a session: from nothing, if the cache
 is empty, or else from the keys and values that are in it, as a prefill outside of torch.compile leaves them. From then
-on the static cache is no longer written. Its counters go on, since transformers counts tokens by them, and the values of
-its first layer are NaN, so that nobody mistakes for a cache what is none any more.
+on the static cache is no longer written. Its counters go on, since transformers counts tokens by them; the values of its
+first layer are NaN, so that nobody takes for a cache what is none any more.
+
+Where the prefill is compiled too, and is what allocates the cache, layers without a window get no memory: their keys and
+values are one NaN, seen as tensors of the shape that transformers expects.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ class Sessions:
     def add(self, session: LetheCache, tensors: Sequence[Tensor]) -> None:
         """Let a session take the place of a static cache with these `tensors`, those of its first layer first."""
         for tensor in tensors[:2]:
-            tensor.fill_(torch.nan)
+            if 0 not in tensor.stride():
+                tensor.fill_(torch.nan)
         for tensor in tensors:
             self._sessions[tensor] = session, _version(tensor)
 
@@ -79,13 +83,12 @@ class Cached:
         logits = session.append(ids.long(), real, step.positions, whole=self._last != 1)
         results = self._outputs.join(logits if self._last is None else logits[:, -self._last :], inputs)
         if not known:
-            made = [r for r in results if isinstance(r, Tensor) and r.is_floating_point() and r.dim() == 4]
             given = [inputs[place] for layer in roles.static for place in (layer.values, layer.keys)]
-            sessions.add(session, given or made)
+            sessions.add(session, given or [results[place] for place in self._outputs.made])
         return results
 
     def _find(self, sessions: Sessions, inputs: Sequence[Any]) -> LetheCache | None:
-        return None if self._roles.fresh else sessions.find(inputs[self._roles.static[0].values])
+        return None if not self._roles.static else sessions.find(inputs[self._roles.static[0].values])
 
     def verify(self, fast: OptimizedModel, sessions: Sessions, inputs: Sequence[Any]) -> None:
         """Run the graph and the optimized model on random ids, after random keys and values if the cache is not empty.
@@ -93,6 +96,7 @@ class Cached:
         Raises:
             UnsupportedGraphError: their logits differ, or the model has layers that a static cache does not show.
         """
+        self._outputs.save_memory({site.mask.window for site in fast.sites if site.mask is not None})
         if fast.stateful:
             raise UnsupportedGraphError("layers keep other state than a KV cache", hint=_INSTEAD)
         roles = self._roles
@@ -139,9 +143,11 @@ class _Step:
     def _count(self, inputs: Sequence[Any]) -> int:
         if self._session is not None:
             return self._session.get_seq_length()
-        if self._roles.fresh:
+        if not self._roles.static:  # the graph allocates it
             return 0
         counts = [layer.count for layer in self._roles.static if layer.count is not None]
+        if self._roles.cache_position is not None:  # transformers before 5.4
+            return int(inputs[self._roles.cache_position][0])
         if counts:
             return int(inputs[counts[0]])
         if self.positions is None:
@@ -188,8 +194,8 @@ class _Step:
         agree = old is None or bool((old == before).all())
         if not agree or not all(self._explained(seen, real) for seen in self._seen):
             raise InputError(
-                "the attention mask hides or shows other tokens than left padding and the model's own masks do: a pruned "
-                "cache cannot follow it"
+                "the attention mask hides or shows other tokens than left padding and the model's own masks do: a "
+                "pruned cache cannot follow it"
             )
         return real
 
@@ -224,7 +230,7 @@ class _Step:
         wanted = [(site.kv_heads, site.k_dim, site.v_dim) for site in fast.sites]
         if found != wanted:
             raise UnsupportedGraphError(
-                f"the static cache has layers of (heads, key size, value size) {found}, the model's attentions {wanted}",
+                f"the static cache's layers are of (heads, key size, value size) {found}, the attentions of {wanted}",
                 hint=_INSTEAD,
             )
         if bool(values[0].isnan().any()):
