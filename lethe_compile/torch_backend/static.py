@@ -13,7 +13,7 @@ values are one NaN, seen as tensors of the shape that transformers expects.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lethe_compile.capture.region import Outputs, Region, Roles
 from lethe_compile.errors import InputError, UnsupportedGraphError
-from lethe_compile.hf_cache import LetheCache
 from lethe_compile.passes.program import Mask
 from lethe_compile.past import Past
 from lethe_compile.runtime import OptimizedModel
 from lethe_compile.torch_backend.forward import HINT, expect_equal, last_tokens, random_ids
+
+if TYPE_CHECKING:
+    from lethe_compile.hf_cache import LetheCache
 
 _INSTEAD = "lethe_compile.optimize(model).generate takes this model"
 
@@ -48,8 +50,8 @@ class Sessions:
     def add(self, session: LetheCache, tensors: Sequence[Tensor]) -> None:
         """Let a session take the place of a static cache with these `tensors`, those of its first layer first."""
         for tensor in tensors[:2]:
-            if 0 not in tensor.stride():
-                tensor.fill_(torch.nan)
+            unallocated = not any(tensor.stride())
+            (tensor.as_strided((1,), (1,)) if unallocated else tensor).fill_(torch.nan)
         for tensor in tensors:
             self._sessions[tensor] = session, _version(tensor)
 
@@ -77,6 +79,8 @@ class Cached:
         step = _Step(fast, roles, inputs, session)
         real = step.real_columns()
         if session is None:
+            from lethe_compile.hf_cache import LetheCache
+
             session = LetheCache(fast)
             if step.columns:
                 session.adopt(step.past(fast, inputs), real[:, : step.columns])
