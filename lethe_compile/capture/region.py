@@ -202,7 +202,7 @@ class Outputs:
             return
         results: Any = self.rest.graph.output_node().args[0]
         for node in results:
-            if _is_cache(node) and node.target is torch.zeros and _example(node).shape[2] not in windows:
+            if _is_cache(node) and node.target is torch.zeros and not _is_one_of(_example(node).shape[2], windows):
                 node.target = unallocated
         self.rest.recompile()
 
@@ -251,6 +251,10 @@ def _dependents(nodes: Sequence[fx.Node], roots: set[fx.Node]) -> dict[fx.Node, 
 def unallocated(size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of that shape without memory: every element is the same NaN, and writing to it fails."""
     return torch.full((), torch.nan, dtype=dtype, device=device).expand(size)
+
+
+def _is_one_of(size: Any, numbers: Collection[int | None]) -> bool:
+    return isinstance(size, int) and size in numbers  # a symbol has no hash
 
 
 def _is_cache(node: Any) -> bool:

@@ -1,0 +1,381 @@
+"""`torch.compile(model, backend="lethe")`: forwards without a cache, and transformers' generate with a static cache.
+
+With pruning off the tokens are transformers' own; with pruning the logits are the eviction oracle's. Graphs are counted.
+"""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache, StaticCache
+
+import lethe_compile as lethe
+from lethe_compile import torch_backend
+from lethe_compile.models.plain_decoder import PlainConfig, PlainDecoder
+from lethe_compile.models.static_decoder import StaticDecoder
+from lethe_compile.models.tiny import tiny
+from tests.oracle import PRUNING, Recorder, replay
+
+ROOT = Path(__file__).parents[1]
+UNPRUNED = {"policy": "full"}
+PRUNED = PRUNING["lethe"].to_dict()
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def model_of(name: str) -> Any:
+    """Attention written out, which keeps Gemma 2's softcap; the same weights at each call."""
+    if name == "plain":
+        torch.manual_seed(0)
+        return PlainDecoder(PlainConfig(windows=(None, 7))).eval()
+    model = tiny(name, num_hidden_layers=2)
+    model.set_attn_implementation("eager")
+    return model
+
+
+def compiled(model: Any, options: dict[str, Any] | None = None, **settings: Any) -> Any:
+    return torch.compile(model, backend="lethe", options=options or UNPRUNED, fullgraph=True, **settings)
+
+
+def graphs() -> int:
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    return int(counters["stats"]["unique_graphs"])
+
+
+def prompts() -> tuple[Tensor, Tensor]:
+    """Token ids [3, 11] and their mask: two rows are padded on the left."""
+    ids, mask = torch.randint(3, 97, (3, 11)), torch.ones(3, 11, dtype=torch.int64)
+    mask[0, :4], mask[2, :8] = 0, 0
+    return ids, mask
+
+
+# -------------------------------------------------------------------------------------------------- without a cache
+
+
+@torch.no_grad()
+def test_forwards_of_many_shapes() -> None:
+    """Two graphs: for the first shape, and for any other."""
+    model = model_of("llama")
+    fast = compiled(model)
+    for shape in ((3, 11), (2, 7), (2, 5), (4, 40)):
+        ids = torch.randint(3, 97, shape)
+        expected = model(ids, use_cache=False).logits
+        torch.testing.assert_close(fast(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    assert graphs() == 2
+    ids = torch.randint(3, 97, (1, 9))
+    last = fast(ids, use_cache=False, logits_to_keep=1).logits
+    torch.testing.assert_close(last, model(ids, use_cache=False).logits[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2"])
+@torch.no_grad()
+def test_a_padded_forward(name: str) -> None:
+    """GPT-2 counts positions by column where it is given none, padding included; whoever replaces it must, too."""
+    model = model_of(name)
+    fast, (ids, mask) = compiled(model), prompts()
+    options = {"attention_mask": mask, "use_cache": False}
+    expected, actual = model(ids, **options).logits, fast(ids, **options).logits
+    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+    assert graphs() == 1
+    assert len(torch_backend.optimized(fast).sites) == 2
+
+
+@torch.no_grad()
+def test_a_plain_decoder() -> None:
+    model = model_of("plain")
+    fast = compiled(model)
+    for shape in ((2, 9), (1, 30), (4, 3)):
+        ids = torch.randint(97, shape)
+        torch.testing.assert_close(fast(ids), model(ids), rtol=1e-4, atol=1e-4)
+    assert [site.mask and site.mask.window for site in torch_backend.optimized(fast).sites] == [None, 7]
+
+
+@torch.no_grad()
+def test_other_weights_are_compiled_anew() -> None:
+    model = model_of("plain")
+    fast, ids = compiled(model), torch.randint(97, (2, 9))
+    fast(ids)
+    first = torch_backend.optimized(fast)
+    before = graphs()
+    model.get_submodule("blocks.0.up").weight = nn.Parameter(torch.randn(128, 64))
+    torch.testing.assert_close(fast(ids), model(ids), rtol=1e-4, atol=1e-4)
+    assert graphs() == before, "torch.compile did not notice: the backend must"
+    assert torch_backend.optimized(fast) is not first
+
+
+# ---------------------------------------------------------------------------------------- generate with a static cache
+
+
+def generate(model: Any, ids: Tensor, mask: Tensor, new: int = 40, **options: Any) -> Any:
+    return model.generate(ids, attention_mask=mask, max_new_tokens=new, **GREEDY, **options)
+
+
+def compile_config(options: dict[str, Any]) -> CompileConfig:
+    config = CompileConfig(backend="lethe", mode=None, options=options, fullgraph=True)  # type: ignore[arg-type]
+    config._compile_all_devices = True  # type: ignore[assignment]
+    return config
+
+
+@pytest.mark.parametrize(("name", "steps"), [("llama", 1), ("gpt2", 1), ("gemma2", 2)])
+def test_generate_compiles_its_own_steps(name: str, steps: int) -> None:
+    """The prefill runs outside, its cache is taken over. Gemma 2 has a second step: its count of tokens is a number."""
+    model, original = model_of(name), model_of(name)
+    ids, mask = prompts()
+    static: dict[str, Any] = {"cache_implementation": "static", "compile_config": compile_config(UNPRUNED)}
+    assert torch.equal(generate(model, ids, mask, **static), generate(original, ids, mask))
+    assert graphs() == steps
+    stats = torch_backend.optimized(model).cache_stats()
+    assert stats.seen == [7 + 39, 11 + 39, 3 + 39]
+    assert torch.equal(generate(model, ids[:, 4:], mask[:, 4:], **static), generate(original, ids[:, 4:], mask[:, 4:]))
+    assert graphs() == steps, "another generation must need no other graph"
+
+
+def test_a_prefill_of_a_window_and_more() -> None:
+    """Mistral's layers are all windows, full after the prefill: no counter says how many tokens came before."""
+    model, original = model_of("mistral"), model_of("mistral")
+    ids, mask = prompts()
+    static: dict[str, Any] = {"cache_implementation": "static", "compile_config": compile_config(UNPRUNED)}
+    assert torch.equal(generate(model, ids, mask, **static), generate(original, ids, mask))
+
+
+def assert_pruned_as_the_oracle(model: Any, original: Any, static: dict[str, Any]) -> Any:
+    """Generate, prune, and replay every row on the original; returns generate's output."""
+    ids, mask = prompts()
+    generate(model, ids[:, :9], mask[:, :9] | 1, new=2, **static)  # so that there is an optimized model to watch
+    fast, recorder = torch_backend.optimized(model), Recorder()
+    fast.on_round.append(recorder)
+    out = generate(model, ids, mask, 60, return_dict_in_generate=True, output_logits=True, **static)
+    logits = torch.stack(out.logits, dim=1)
+    stats = fast.cache_stats()
+    assert all(min(layer) >= 2 for layer in stats.rounds)
+    assert min(map(min, stats.bytes_freed)) > 0
+    assert max(map(max, stats.retained)) < 40 < min(stats.seen)
+    for row, prompt in enumerate(mask.sum(1).tolist()):
+        sequence = out.sequences[row : row + 1, -prompt - logits.shape[1] :]
+        expected, full = (one[prompt - 1 : -1] for one in replay(original, sequence, recorder, row))
+        torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
+        assert (full - expected).abs().max() > 1e-2
+    return out
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_compiled_forward_prunes_from_the_prompt_on(name: str) -> None:
+    """Prefill and steps share one cache; the static cache's layers without windows take no memory at all."""
+    model, original = model_of(name), model_of(name)
+    model.forward = compiled(model.forward, PRUNED)
+    out = assert_pruned_as_the_oracle(model, original, {"cache_implementation": "static"})
+    assert graphs() <= 4
+    for layer in out.past_key_values.layers:
+        allocated = layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
+        assert allocated == (layer.keys.nbytes + layer.values.nbytes if layer.is_sliding else 2 * 4)
+    fast = torch_backend.optimized(model)
+    assert fast.cache.bytes_in_use > 0
+    del out, layer
+    gc.collect()
+    assert fast.cache.bytes_in_use == 0, "the pages go when the static cache does"
+
+
+def test_steps_that_generate_compiles_are_pruned() -> None:
+    model = model_of("gpt2")
+    static: dict[str, Any] = {"cache_implementation": "static", "compile_config": compile_config(PRUNED)}
+    assert_pruned_as_the_oracle(model, model_of("gpt2"), static)
+    assert graphs() == 1
+
+
+def test_chunks_of_a_prompt() -> None:
+    model, original = model_of("llama"), model_of("llama")
+    ids, mask = prompts()
+    mask[:] = 1
+    static: dict[str, Any] = {"cache_implementation": "static", "compile_config": compile_config(UNPRUNED)}
+    out = generate(model, ids, mask, 10, prefill_chunk_size=5, **static)
+    assert torch.equal(out, generate(original, ids, mask, 10))
+
+
+# --------------------------------------------------------------------------------------- one's own loop over a cache
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return model_of("llama")
+
+
+def static_cache(model: Any, rows: int = 2, slots: int = 24) -> StaticCache:
+    cache, config = StaticCache(config=model.config, max_cache_len=slots), model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache.early_initialization(rows, config.num_key_value_heads, size, torch.float32, torch.device("cpu"))
+    return cache
+
+
+@torch.no_grad()
+def step(model: Any, cache: Any, ids: Tensor, past: int) -> Tensor:
+    positions = torch.arange(past, past + ids.shape[1]).expand_as(ids)
+    logits: Tensor = model(ids, past_key_values=cache, position_ids=positions).logits
+    return logits
+
+
+def test_a_cache_that_was_reset_begins_another_generation(llama: Any) -> None:
+    fast, cache = compiled(llama), static_cache(llama)
+    for _ in range(2):
+        ids = torch.randint(3, 97, (2, 8))
+        expected = llama(ids, use_cache=False).logits
+        logits = [step(fast, cache, ids[:, :6], 0), step(fast, cache, ids[:, 6:7], 6), step(fast, cache, ids[:, 7:], 7)]
+        torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-4, atol=1e-4)
+        assert int(cache.get_seq_length()) == 8
+        cache.reset()
+    assert graphs() == 2
+
+
+def test_a_cache_that_was_taken_over_is_no_cache_for_others(llama: Any) -> None:
+    fast, cache = compiled(llama), static_cache(llama)
+    ids = torch.randint(3, 97, (2, 8))
+    step(fast, cache, ids[:, :6], 0)
+    assert step(llama, cache, ids[:, 6:7], 6).isnan().all(), "whoever reads it must notice"
+    with pytest.raises(lethe.InputError, match="gone: a pruned cache has taken its place"):
+        step(fast, cache, ids[:, 7:], 7)
+
+
+def test_two_generations_at_a_time_are_refused(llama: Any) -> None:
+    fast, first, second = compiled(llama), static_cache(llama), static_cache(llama)
+    ids = torch.randint(3, 97, (2, 8))
+    step(fast, first, ids[:, :6], 0)
+    step(fast, second, ids[:, :6], 0)
+    with pytest.raises(lethe.InputError, match="ended when another began"):
+        step(fast, first, ids[:, 6:7], 6)
+
+
+def test_a_mask_of_ones_own_is_refused(llama: Any) -> None:
+    fast, cache, ids = compiled(llama), static_cache(llama), torch.randint(3, 97, (2, 8))
+    mask = torch.ones(2, 1, 8, 24, dtype=torch.bool).tril()
+    mask[:, :, 5, 2] = False
+    with pytest.raises(lethe.InputError, match="hides or shows other tokens"):
+        fast(ids, past_key_values=cache, attention_mask=mask)
+
+
+def test_beams_are_refused() -> None:
+    model = model_of("llama")
+    ids, mask = prompts()
+    static: dict[str, Any] = {"cache_implementation": "static", "compile_config": compile_config(UNPRUNED)}
+    with pytest.raises(lethe.InputError, match="search with beams"):
+        generate(model, ids, mask, 5, num_beams=2, **static)
+
+
+def test_inference_mode(llama: Any) -> None:
+    fast, ids = compiled(llama), torch.randint(3, 97, (2, 8))
+    expected = llama(ids, use_cache=False).logits
+    with torch.inference_mode():
+        cache = static_cache(llama)
+        logits = [step(fast, cache, ids[:, :6], 0), step(fast, cache, ids[:, 6:7], 6), step(fast, cache, ids[:, 7:], 7)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_unknown_options_are_refused_with_the_known(llama: Any) -> None:
+    fast = compiled(llama, {"sparse_ration": 3.0})
+    with pytest.raises(lethe.ConfigError, match=r"'sparse_ration' is not .* nearest is 'sparse_ratio', .*prune_interval"):
+        fast(torch.ones(2, 5, dtype=torch.int64), use_cache=False)
+    with pytest.raises(lethe.ConfigError, match="mode='max-autotune' is not allowed"):
+        torch.compile(llama, backend="lethe", mode="max-autotune")(torch.ones(2, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("cache", [None, DynamicCache()])
+def test_a_growing_cache_is_refused(llama: Any, cache: Any) -> None:
+    fast = compiled(llama)
+    with pytest.raises(lethe.UnsupportedGraphError, match=r"logits .* alone, and returns .*use_cache=False, or a static"):
+        fast(torch.ones(2, 5, dtype=torch.int64), past_key_values=cache)
+
+
+def test_training_is_refused() -> None:
+    model = model_of("plain").train()
+    with pytest.raises(lethe.InputError, match="PlainDecoder is in training mode"):
+        compiled(model)(torch.ones(2, 5, dtype=torch.int64))
+
+
+def test_a_part_of_a_model_is_refused() -> None:
+    """After a graph break the graphs are parts, and none of them is the model."""
+    model = model_of("plain")
+    up = model.get_submodule("blocks.1.up")
+    up.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    with pytest.raises(lethe.UnsupportedGraphError, match=r"fullgraph=True says where a graph breaks"):
+        torch.compile(model, backend="lethe")(torch.ones(2, 5, dtype=torch.int64))
+
+
+def test_a_function_around_a_model_is_told_from_it() -> None:
+    model = model_of("plain")
+    ids = torch.randint(97, (2, 9))
+    same = compiled(lambda ids: model(ids))
+    torch.testing.assert_close(same(ids), model(ids), rtol=1e-4, atol=1e-4)
+    with pytest.raises(lethe.UnsupportedGraphError, match="its logits are off by"):
+        compiled(lambda ids: model(ids) * 2)(ids)
+
+
+class Bidirectional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(97, 32), nn.Linear(32, 97)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)[:, None]
+        return self.head(F.scaled_dot_product_attention(x, x, x)[:, 0])  # type: ignore[no-any-return]
+
+
+def test_what_is_not_causal_is_refused_by_its_reason() -> None:
+    with pytest.raises(lethe.UnsupportedGraphError, match="layer 0"):
+        compiled(Bidirectional().eval())(torch.randint(97, (2, 9)))
+
+
+def test_a_module_that_keeps_its_own_cache_is_refused() -> None:
+    model = StaticDecoder().eval()
+    model.setup_caches(1, 32)
+    with pytest.raises(lethe.LetheError, match="keeps"):
+        compiled(model)(torch.ones(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+
+
+def test_nothing_has_been_compiled_yet() -> None:
+    with pytest.raises(lethe.InputError, match="no forward of this PlainDecoder has run"):
+        torch_backend.optimized(model_of("plain"))
+
+
+# ----------------------------------------------------------------------------------------------------- registration
+
+
+def test_the_entry_point_names_the_backend() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    (value,) = declared["torch_dynamo_backends"].values()
+    assert EntryPoint("lethe", value, "torch_dynamo_backends").load() is torch_backend.lethe
+
+
+def test_an_import_registers_the_backend() -> None:
+    code = "import lethe_compile, torch; print('lethe' in torch._dynamo.list_backends())"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "True"
+
+
+def test_compiled_models_are_not_kept_alive() -> None:
+    model = model_of("plain")
+    fast = compiled(model)
+    fast(torch.randint(97, (2, 9)))
+    before = len(torch_backend._compiled)
+    del model, fast
+    gc.collect()
+    assert len(torch_backend._compiled) == before - 1
