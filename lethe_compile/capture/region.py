@@ -93,7 +93,8 @@ class Region:
             else:
                 raise UnsupportedGraphError(
                     f"the compiled graph takes {path} {list(value.shape)}, which is no input of a decoder",
-                    hint=f"pass token ids, position_ids, attention_mask and past_key_values alone, and {_BROKEN}",
+                    hint=f"pass token ids, position_ids, attention_mask and past_key_values alone; {_BROKEN}; a module "
+                    "that keeps a cache of its own goes to lethe_compile.optimize",
                 )
         roles = roles_of({name: inputs[place] for name, place in plain.items()})
         places = {role: plain[name] for name, role in roles.items()}
@@ -108,8 +109,8 @@ class Region:
         )
         return Roles(places["input_ids"], places.get("position_ids"), columns, tuple(masks), static)
 
-    def example(self, roles: Roles, inputs: Sequence[Any]) -> dict[str, Tensor]:
-        """Arguments of the model to capture it with, by name."""
+    def example(self, roles: Roles, inputs: Sequence[Any]) -> dict[str, Tensor] | None:
+        """Arguments of the model to capture it with, by name; None where it was not its own forward that was compiled."""
         ids = example_ids(inputs[roles.input_ids].device)
         example = {self._names[roles.input_ids][0]: ids}
         if roles.position_ids is not None:
@@ -117,7 +118,9 @@ class Region:
             example[self._names[roles.position_ids][0]] = counts
         for mask in roles.masks:
             example[self._names[mask][0]] = torch.ones_like(ids)
-        return example
+        model = self.model()
+        own = set() if model is None else set(inspect.signature(model.forward).parameters)
+        return example if example.keys() <= own else None
 
     def example_of(self, place: int) -> Tensor:
         """An input as torch.compile saw it: sizes are symbols where they are dynamic."""

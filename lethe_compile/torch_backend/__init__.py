@@ -81,7 +81,7 @@ def _kinds(weights: Sequence[Tensor]) -> list[Any]:
     return [(tensor.dtype, tensor.device) for tensor in weights]
 
 
-def _optimize(model: nn.Module, config: LetheConfig, example: Mapping[str, Tensor]) -> _Compiled:
+def _optimize(model: nn.Module, config: LetheConfig, example: Mapping[str, Tensor] | None) -> _Compiled:
     known = _compiled.setdefault(model, {})
     weights = [*model.parameters(), *model.buffers()]
     found = known.pop(config, None)
