@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lethe_compile.kernels.launch import launch
+
 MOST_TOKENS = 64
 MOST_WEIGHTS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _linears(
     x,  # [tokens, K]
     w0,  # [N0, K]
@@ -88,7 +90,9 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> T
     m, n = max(16, triton.next_power_of_2(tokens)), 32
     out = torch.empty(tokens, sum(sizes), dtype=x.dtype, device=x.device)
     spare_w, spare_b = [weights[0]] * sizes.count(0), [rows] * MOST_WEIGHTS
-    _linears[(sum(triton.cdiv(size, n) for size in sizes),)](
+    launch(
+        _linears,
+        (sum(triton.cdiv(size, n) for size in sizes),),
         rows,
         *weights,
         *spare_w,

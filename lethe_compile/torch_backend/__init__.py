@@ -133,7 +133,7 @@ class _CompiledRegion:
 
     def _prepare(self, inputs: Sequence[Any]) -> None:
         region, config = self._region, _config(self._options, self._mode)
-        model = region.check_owner()
+        model = region.model
         if model.training:
             raise InputError(
                 f"{type(model).__name__} is in training mode, and an optimized model only infers: call eval()"

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lethe_compile.capture.region import Outputs, Region, Roles
+from lethe_compile.capture.region import Region, Roles
+from lethe_compile.capture.region_outputs import Outputs
 from lethe_compile.errors import InputError, UnsupportedGraphError
 from lethe_compile.passes.program import same_size
 from lethe_compile.runtime import OptimizedModel

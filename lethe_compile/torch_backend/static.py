@@ -3,11 +3,11 @@
 The static cache's tensors arrive as inputs of the graph, and tell which generation a call belongs to. When the graph
 meets a cache that it does not know, or that others have written since, it begins a session: from nothing, if the cache
 is empty, or else from the keys and values that are in it, as a prefill outside of torch.compile leaves them. From then
-on the static cache is no longer written. Its counters go on, since transformers counts tokens by them; the values of its
-first layer are NaN, so that nobody takes for a cache what is none any more.
+on the static cache is no longer written. Its counters go on, since transformers counts tokens by them; its first layer
+becomes NaN, so that nobody takes for a cache what is none any more. Its memory stays with it until it goes.
 
-Where the prefill is compiled too, and is what allocates the cache, layers without a window get no memory: their keys and
-values are one NaN, seen as tensors of the shape that transformers expects.
+Where the prefill is compiled too, and is what allocates the cache, layers without a window get no memory: their keys
+and values are one NaN, seen as tensors of the shape that transformers expects.
 """
 
 from __future__ import annotations
@@ -19,17 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lethe_compile.capture.region import Outputs, Region, Roles
-from lethe_compile.errors import InputError, UnsupportedGraphError
-from lethe_compile.passes.program import Mask
-from lethe_compile.past import Past
+from lethe_compile.capture.region import Region, Roles
+from lethe_compile.capture.region_outputs import Outputs
+from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.runtime import OptimizedModel
-from lethe_compile.torch_backend.forward import HINT, expect_equal, last_tokens, random_ids
+from lethe_compile.torch_backend.forward import expect_equal, last_tokens, random_ids
+from lethe_compile.torch_backend.step import INSTEAD, StaticStep
 
 if TYPE_CHECKING:
     from lethe_compile.hf_cache import LetheCache
-
-_INSTEAD = "lethe_compile.optimize(model).generate takes this model"
 
 
 class Sessions:
@@ -76,7 +74,7 @@ class Cached:
         session = self._find(sessions, inputs)
         known = session is not None
         ids = inputs[roles.input_ids]
-        step = _Step(fast, roles, inputs, session)
+        step = StaticStep(fast, roles, inputs, session)
         real = step.real_columns()
         if session is None:
             from lethe_compile.hf_cache import LetheCache
@@ -102,11 +100,11 @@ class Cached:
         """
         self._outputs.save_memory({site.mask.window for site in fast.sites if site.mask is not None})
         if fast.stateful:
-            raise UnsupportedGraphError("layers keep other state than a KV cache", hint=_INSTEAD)
+            raise UnsupportedGraphError("layers keep other state than a KV cache", hint=INSTEAD)
         roles = self._roles
         ids = random_ids(fast, inputs[roles.input_ids])
         changed = {roles.input_ids: ids}
-        step = _Step(fast, roles, inputs, self._find(sessions, inputs))
+        step = StaticStep(fast, roles, inputs, self._find(sessions, inputs))
         real = step.real_columns()
         generator = torch.Generator().manual_seed(1)
         for place in (place for layer in roles.static for place in (layer.keys, layer.values)):
@@ -121,145 +119,3 @@ class Cached:
         expected = self._region.logits(inputs, changed)
         actual = actual if self._last is None else actual[:, -self._last :]
         expect_equal(fast, actual, expected, real[:, step.columns :])
-
-
-class _Step:
-    """New tokens ``[R, T]`` of one call, after `columns` others of the sequence, padding included.
-
-    Attributes:
-        positions: [R, T] int64 as the graph gets them, or None.
-        columns: those before this call, as far as anybody counts them: at least what the cache holds.
-        lengths: [R] int64: how many of them are tokens.
-    """
-
-    def __init__(self, fast: OptimizedModel, roles: Roles, inputs: Sequence[Any], session: LetheCache | None) -> None:
-        self._roles, self._session = roles, session
-        ids = inputs[roles.input_ids]
-        (self._rows, self._tokens), self._device = ids.shape, ids.device
-        self.positions: Tensor | None = None if roles.position_ids is None else inputs[roles.position_ids]
-        masks = [inputs[place] for place in roles.masks]
-        self._padding = next((mask.bool() for mask in masks if mask.dim() == 2), None)
-        self._seen = [_seen(mask) for mask in masks if mask.dim() == 4]
-        self._bands = {Mask(), *(site.mask for site in fast.sites if site.mask is not None)}
-        self.columns = self._count(inputs)
-        self.lengths = self._count_tokens()
-
-    def _count(self, inputs: Sequence[Any]) -> int:
-        if self._session is not None:
-            return self._session.get_seq_length()
-        if not self._roles.static:  # the graph allocates it
-            return 0
-        counts = [layer.count for layer in self._roles.static if layer.count is not None]
-        if self._roles.cache_position is not None:  # transformers before 5.4
-            return int(inputs[self._roles.cache_position][0])
-        if counts:
-            return int(inputs[counts[0]])
-        if self.positions is None:
-            raise UnsupportedGraphError("nothing that the compiled graph takes says how many tokens came before")
-        return int(self.positions[:, 0].max())  # every window is full, and what lies before them is gone
-
-    def _count_tokens(self) -> Tensor:
-        if self._session is not None:
-            return self._session.lengths
-        old = self._old()
-        if old is not None:
-            return old.sum(1)
-        if self.positions is not None:
-            return self.positions[:, 0].expand(self._rows).long()
-        return torch.full((self._rows,), self.columns, device=self._device)
-
-    def _old(self) -> Tensor | None:
-        """[R, columns] bool: the tokens before this call, by the first mask that shows them all."""
-        width = self.columns + self._tokens
-        if self._padding is not None:
-            return self._padding[:, : self.columns]
-        return next((seen[:, 0, : self.columns] for seen in self._seen if seen.shape[2] >= width), None)
-
-    def real_columns(self) -> Tensor:
-        """[R, columns + T] bool: which columns are tokens and not padding.
-
-        Raises:
-            InputError: a mask hides or shows anything else than padding and what the model's own masks do.
-        """
-        if self._session is not None:
-            before = self._session.mask
-        else:
-            index = torch.arange(self.columns, device=self._device)
-            before = index >= (self.columns - self.lengths)[:, None]
-        if self._padding is not None:
-            new = self._padding[:, self.columns :]
-        elif self._seen:
-            first = self._first_column(self._seen[0])
-            new = self._seen[0].diagonal(self.columns - first, 1, 2)[:, : self._tokens]  # each token sees itself
-        else:
-            new = torch.ones(self._rows, self._tokens, dtype=torch.bool, device=self._device)
-        real = torch.cat([before, new], dim=1)
-        old = self._old()
-        agree = old is None or bool((old == before).all())
-        if not agree or not all(self._explained(seen, real) for seen in self._seen):
-            raise InputError(
-                "the attention mask hides or shows other tokens than left padding and the model's own masks do: a "
-                "pruned cache cannot follow it"
-            )
-        return real
-
-    def _first_column(self, seen: Tensor) -> int:
-        """Which column a mask begins with: a window's shows the last ones only."""
-        return max(0, self.columns + self._tokens - seen.shape[2])
-
-    def _explained(self, seen: Tensor, real: Tensor) -> bool:
-        """Whether a mask ``[R, T, K]`` is padding and one of the model's own bands, as far as real tokens ask it."""
-        width, first = real.shape[1], self._first_column(seen)
-        column = torch.arange(first, first + seen.shape[2], device=self._device)
-        there = column < width
-        column = column.clamp(max=width - 1)
-        query = torch.arange(self.columns, width, device=self._device)[:, None]  # [T, 1]
-        causal = real[:, None, column] & there & (column <= query)  # [R, T, K]
-        position = real.long().cumsum(1) - 1
-        new, old = position[:, self.columns :, None], position[:, None, column]
-        ignored = ~real[:, self.columns :, None]
-        bands = [causal & _within(band, new, old) for band in self._bands]
-        return any(bool(((seen == band) | ignored).all()) for band in bands)
-
-    def past(self, fast: OptimizedModel, inputs: Sequence[Any]) -> Past:
-        """What the static cache holds.
-
-        Raises:
-            UnsupportedGraphError: its layers are not the model's attentions.
-            InputError: its keys and values are gone.
-        """
-        keys = [inputs[layer.keys] for layer in self._roles.static]
-        values = [inputs[layer.values] for layer in self._roles.static]
-        found = [(k.shape[1], k.shape[3], v.shape[3]) for k, v in zip(keys, values, strict=True)]
-        wanted = [(site.kv_heads, site.k_dim, site.v_dim) for site in fast.sites]
-        if found != wanted:
-            raise UnsupportedGraphError(
-                f"the static cache's layers are of (heads, key size, value size) {found}, the attentions of {wanted}",
-                hint=_INSTEAD,
-            )
-        if bool(values[0].isnan().any()):
-            raise InputError(
-                "the keys and values of this static cache are gone: a pruned cache has taken its place, and another "
-                "generation, a copy of it, or a search with beams came in between. Begin again with a new cache"
-            )
-        positions = []
-        for key in keys:
-            held = min(self.columns, key.shape[2])
-            column = torch.arange(held, device=self._device)
-            positions.append((column + (self.lengths - held)[:, None]).clamp(min=-1))
-        keys, values = ([t[:, :, : p.shape[1]] for t, p in zip(ts, positions, strict=True)] for ts in (keys, values))
-        return Past(keys, values, positions, self.lengths)
-
-
-def _seen(mask: Tensor) -> Tensor:
-    """A mask of scores ``[R, 1, T, K]``, boolean or additive, as ``[R, T, K]`` bool."""
-    if mask.shape[1] != 1:
-        raise UnsupportedGraphError(f"the attention mask {list(mask.shape)} differs from head to head", hint=HINT)
-    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
-
-
-def _within(band: Mask, new: Tensor, old: Tensor) -> Tensor:
-    """Whether tokens at positions `new` see those at `old`, which are not later."""
-    if band.window is None:
-        return torch.ones_like(new - old, dtype=torch.bool)
-    return new // band.window == old // band.window if band.chunked else new - old < band.window
