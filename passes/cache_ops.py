@@ -50,22 +50,30 @@ class Cache:
 
 @dataclass(frozen=True)
 class Read:
-    """What attention reads of a cache: `node` [B, H, S, D] or [B·H, S, D], the last two swapped if `keys_last`."""
+    """What attention reads of a cache: `node` [B, H, S, D] or [B·H, S, D], the last two swapped if `keys_last`.
+
+    Of a cache that shifts it may be, with `oldest`, one more than there are slots: also the token that goes.
+    """
 
     cache: Cache
     node: fx.Node
     keys_last: bool
     heads: tuple[int, ...]  # of each head that is read, the cache's
     heads_dim: int  # the dimension of the cache that counts heads
+    oldest: bool = False
 
     def positions(self, steps: Steps, past: int, count: int) -> Tensor:
         """The position of the token in each of the first `count` slots [count], -1 where there is none."""
         index = torch.arange(count, device=steps.device)
         if self.cache.kind == "append":
             return index.masked_fill(index > past, -1)
-        shifting = self.cache.kind == "shift"
-        held = self.cache.shape[self.cache.slots] - 1 if shifting else steps.held(self.cache.state, past)
-        return (index + past - held).clamp(min=-1)
+        return (index + past - self.before(steps, past)).clamp(min=-1)
+
+    def before(self, steps: Steps, past: int) -> int:
+        """Slots before that of the new token, in a cache that grows or shifts."""
+        if self.cache.kind == "grow":
+            return steps.held(self.cache.state, past)
+        return self.cache.shape[self.cache.slots] - (0 if self.oldest else 1)
 
 
 def find_cache(program: Program, steps: Steps, state: State) -> Cache:
@@ -174,13 +182,15 @@ def _read(steps: Steps, cache: Cache, node: fx.Node, keys_last: bool, past: int)
     slots = origins[cache.slots]
     if rank not in (3, 4) or slots.axis != keys:
         raise refusal(node, f"'{node.name}' {list(shape)} is not [batch, heads, tokens, size] of the cache '{name}'")
-    if slots.values != cache.joined(steps, past)[: len(slots.values)] or _NEW not in slots.values:
+    oldest = cache.kind == "shift" and slots.values == [*range(cache.shape[cache.slots]), _NEW]
+    expected = slots.values if oldest else cache.joined(steps, past)[: len(slots.values)]
+    if slots.values != expected or _NEW not in slots.values:
         raise refusal(node, f"'{node.name}' is not the cache '{name}' with the new token in its place")
     for dim in (d for d in range(1, 4) if d != cache.slots):
         (other,) = (d for d in range(1, 4) if d not in (dim, cache.slots))
         if origins[dim] == _Origin(size, [*range(cache.shape[dim])]) and origins[other].axis in (rank - 3, None):
             count = shape[1] if rank == 4 else shape[0] // steps.rows
-            return Read(cache, node, keys_last, tuple((origins[other].values * count)[:count]), other)
+            return Read(cache, node, keys_last, tuple((origins[other].values * count)[:count]), other, oldest)
     raise refusal(node, f"'{node.name}' is not every number of each head of the cache '{name}'")
 
 

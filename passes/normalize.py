@@ -17,6 +17,7 @@ from lethe_compile.passes.program import (
     operand,
     remove_dead,
     same_size,
+    same_sizes,
     shape_of,
 )
 
@@ -91,6 +92,10 @@ def _identity(node: fx.Node) -> fx.Node | None:
         return source
     if is_call(node, aten.dropout) and (argument(node, 2, "train") is False or argument(node, 1, "p") == 0):
         return source
+    if is_call(node, aten.copy):
+        source = argument(node, 1, "src")
+        same = same_sizes(shape_of(node), shape_of(source)) and node.meta["val"].dtype == source.meta["val"].dtype
+        return source if same else None
     if is_call(node, *_CONVERSIONS):
         before, after = source.meta.get("val"), node.meta.get("val")
         if isinstance(before, Tensor) and isinstance(after, Tensor):

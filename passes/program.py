@@ -72,6 +72,7 @@ class Step:
 
     roles: Mapping[fx.Node, str]  # "input_ids" | "position" | "attention_mask"
     states: tuple[State, ...]
+    least: int = 0  # tokens that must be before it, as guards of torch.compile say; see `complete_step`
 
     @property
     def caches(self) -> tuple[State, ...]:

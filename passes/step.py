@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.passes.program import Program, State, attribute, is_call, is_symbolic, shape_of, source_of
 
 aten = torch.ops.aten
+
+MOST = 1 << 17  # tokens before a step, at most, that anything is evaluated with
 
 # Operators that move elements and compute nothing.
 MOVES = (
@@ -61,6 +64,11 @@ def needed(targets: Iterable[fx.Node], given: Collection[fx.Node] = ()) -> list[
     return list(order)
 
 
+def varies(node: fx.Node) -> bool:
+    """Whether a value depends on any input."""
+    return any(n.op == "placeholder" for n in needed([node]))
+
+
 def tokenwise(program: Program) -> set[fx.Node]:
     """Everything that is computed from the token ids, by more than their number."""
     found = {program.input_ids}
@@ -93,6 +101,17 @@ class Steps:
         """Whether `node` is computed from more of an input than its size, other than through nodes in `given`."""
         sizes = [n for n in node.graph.nodes if is_call(n, aten.sym_size)]
         return any(self.step.roles.get(n) == role for n in needed([node], {*given, *sizes}))
+
+    def constants(self, targets: Iterable[fx.Node]) -> set[int]:
+        """Magnitudes, up to `MOST`, of the whole numbers that `targets` are computed with."""
+        found: set[int] = set()
+        for node in needed(targets):
+            values: list[Any] = tree_leaves((node.args, node.kwargs))
+            if node.op == "get_attr" and (value := attribute(self.module, str(node.target))).numel() == 1:
+                values = [value.item()]
+            numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+            found |= {abs(int(v)) for v in numbers if abs(v) <= MOST}
+        return found
 
     def held(self, state: State, past: int) -> int:
         """Tokens that a growing cache holds when `past` tokens came before."""

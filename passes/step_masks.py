@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +10,9 @@ from torch import Tensor, fx
 from lethe_compile.passes.cache_ops import Read
 from lethe_compile.passes.mask_constants import NotABand
 from lethe_compile.passes.program import Mask
-from lethe_compile.passes.step import Steps, needed
+from lethe_compile.passes.step import MOST, Steps
 
 _DENSE = 48  # numbers of tokens before the step that are tried one after the other
-_MOST = 1 << 17  # tokens before the step, at most, that a mask is evaluated with
 _PADDING = 3
 _DENIED = -1e4  # an additive mask denies with the dtype's lowest value or -inf; fp16's is -65504
 
@@ -49,23 +47,12 @@ def prove(steps: Steps, mask: StepMask | None, key: Read) -> Mask:
 def _pasts(steps: Steps, mask: StepMask | None, key: Read) -> list[int]:
     """Numbers of tokens before the step to try."""
     room = key.cache.room
-    last = _MOST if room is None else room - 1
+    last = MOST if room is None else room - 1
     sizes = {key.cache.shape[key.cache.slots], steps.limits.get(key.cache.state, 0)}
-    constants = {} if mask is None else _integers(a for n in needed([mask.node]) for a in (*n.args, *n.kwargs.values()))
+    constants = set() if mask is None else steps.constants([mask.node])
     edges = {edge for c in {*sizes, *constants} for edge in (c - 1, c, c + 1, 2 * c + 1)}
     edges |= {*range(_DENSE), *(() if room is None else (last // 2, last))}
     return sorted(edge for edge in edges if 0 <= edge <= last)
-
-
-def _integers(values: Iterable[object]) -> set[int]:
-    """Magnitudes of the whole numbers among arguments, as far as a mask can be evaluated with so many tokens."""
-    found: set[int] = set()
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            found |= _integers(value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _MOST:
-            found.add(abs(int(value)))
-    return found
 
 
 def _visible(steps: Steps, mask: StepMask | None, key: Read, past: int, padding: int = 0) -> Tensor:
@@ -84,7 +71,9 @@ def _visible(steps: Steps, mask: StepMask | None, key: Read, past: int, padding:
     empty = (allowed & (positions < 0)).nonzero()
     if len(empty):
         name = key.cache.state.name
-        raise NotABand(f"with {past} tokens before it, a token sees slot {int(empty[0])} of '{name}', which holds none")
+        rolls = ", as the step expects it to be full" if key.cache.kind == "shift" else ""
+        slot = int(empty[0])
+        raise NotABand(f"with {past} tokens before it, a token sees slot {slot} of '{name}', which holds none{rolls}")
     visible = torch.zeros(past + 1, dtype=torch.bool, device=steps.device)
     visible[positions[allowed]] = True
     return visible

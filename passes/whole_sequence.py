@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,37 +18,12 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from lethe_compile.passes.cache_ops import Read
 from lethe_compile.passes.program import Mask, Program, attribute, is_call, is_symbolic, same_size, shape_of
 from lethe_compile.passes.step import Steps, refusal, sizes_of
-from lethe_compile.passes.step_masks import StepMask
+from lethe_compile.passes.step_sites import StepSite
 
 aten = torch.ops.aten
 
 _RESHAPES = (aten.reshape, aten.view, aten._unsafe_view)  # by a list of sizes, the second argument
 _KEPT = ("nn_module_stack", "stack_trace")
-
-
-@dataclass(frozen=True)
-class StepSite:
-    """An attention of the step: from the product of queries and keys to that with the values, or one node."""
-
-    query: fx.Node
-    key: Read
-    value: Read
-    chain: tuple[fx.Node, ...]  # in graph order; the last is its result
-    mask: StepMask | None
-    band: Mask = field(default_factory=Mask)  # what the mask was proved to be
-
-    @property
-    def result(self) -> fx.Node:
-        return self.chain[-1]
-
-    @property
-    def operands(self) -> list[fx.Node]:
-        """What it is computed from once it attends over the sequence alone."""
-        replaced = {self.query, self.key.node, self.value.node, *self.chain}
-        if self.mask is not None:
-            replaced.add(self.mask.node)
-        others = [n for node in self.chain for n in node.all_input_nodes if n not in replaced]
-        return list(dict.fromkeys([self.query, self.key.cache.new, self.value.cache.new, *others]))
 
 
 class WholeSequence:

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache, GenerationConfig, StaticCache
-from transformers.integrations.executorch import convert_and_export_with_cache
+from transformers.integrations.executorch import (
+    convert_and_export_with_cache,
+    register_dynamic_cache_export_support,
+)
 
 import lethe_compile as lethe
 from lethe_compile.capture import Captured, capture
@@ -100,19 +103,36 @@ def growing(name: str, rows: int = 1, tokens: int = 1, padded: bool = False) -> 
     return torch.export.export(PastInAndOut(model), (), example, dynamic_shapes=shapes, strict=False)
 
 
+register_dynamic_cache_export_support()  # so that torch.export takes a DynamicCache apart
+
+
+def with_dynamic_cache(name: str) -> ExportedProgram:
+    """A step of the model itself, a DynamicCache in and out."""
+    model = model_of(name)
+    cache, count = DynamicCache(), model.config.num_hidden_layers
+    with torch.no_grad():
+        model(ONE.expand(1, 5), past_key_values=cache)
+    growing_by_one = [{2: Dim.AUTO}] * count
+    shapes = {"input_ids": None, "past_key_values": [growing_by_one, growing_by_one]}
+    example = {"input_ids": ONE, "past_key_values": cache}
+    return torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
+
+
 # -------------------------------------------------------------------------------------------------------- the checks
 
 
 @dataclass
 class Case:
     model: Any
-    step: ExportedProgram
+    step: Any
     captured: Captured  # its cache located, so that what follows is done for each test, and this once
+    notes: list[str]  # of locate-cache
 
 
-def case(model: Any, step: Any) -> Case:
-    captured = capture(step)
-    return Case(model, step, replace(captured, program=LocateCache().run(captured.program).program))
+def case(model: Any, step: Any, example: Any = None) -> Case:
+    captured = capture(step, example)
+    located = LocateCache().run(captured.program)
+    return Case(model, step, replace(captured, program=located.program), [note.text for note in located.matches])
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "mistral", "gemma2"])
@@ -209,10 +229,21 @@ def test_a_strict_export() -> None:
 
 
 def test_the_graph_module_of_an_export() -> None:
-    example = {"input_ids": ONE, "cache_position": torch.tensor([0])}
+    """Of a static cache the arguments are known; the past of another is an example's."""
     module = static("llama").module()
-    flat = fx.GraphModule(module, module.graph)
-    assert_tokens(model_of("llama"), lethe.optimize(flat, policy="full", example_inputs=example))
+    assert isinstance(module, fx.GraphModule)
+    assert_tokens(model_of("llama"), lethe.optimize(module, policy="full"))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_a_dynamic_cache_in_and_out(name: str) -> None:
+    assert_tokens(model_of(name), lethe.optimize(with_dynamic_cache(name), policy="full"))
+
+
+def test_the_graph_module_of_an_export_with_a_past() -> None:
+    step = growing("qwen3")
+    module, (_, example) = step.module(), step.example_inputs
+    assert_tokens(model_of("qwen3"), lethe.optimize(module, policy="full", example_inputs=example))
 
 
 def test_a_module_with_a_past() -> None:
@@ -223,8 +254,8 @@ def test_a_module_with_a_past() -> None:
 
 
 @torch.no_grad()
-def compiled(model: Any, cache: Any, dynamic: bool) -> tuple[fx.GraphModule, list[Any]]:
-    """The graph of a decode step that torch.compile hands to a backend, and its arguments."""
+def compiled(model: Any, cache: Any, dynamic: bool | None, tokens: int = 3) -> tuple[fx.GraphModule, list[Any]]:
+    """The graph of the decode step after `tokens`, or of the one after it, that torch.compile hands to a backend."""
     found: list[Any] = []
 
     def backend(module: fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
@@ -232,17 +263,16 @@ def compiled(model: Any, cache: Any, dynamic: bool) -> tuple[fx.GraphModule, lis
         return module.forward
 
     torch._dynamo.reset()
-    model(ONE.expand(1, 3), past_key_values=cache)
-    torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)(ONE, past_key_values=cache)
-    ((module, example),) = found
-    return module, example
+    model(ONE.expand(1, tokens), past_key_values=cache)
+    step = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)
+    for _ in range(2 if dynamic is None else 1):  # at the second, what differs from the first is dynamic
+        step(ONE, past_key_values=cache)
+    last: tuple[fx.GraphModule, list[Any]] = found[-1]
+    return last
 
 
 def static_cache(model: Any) -> StaticCache:
-    cache, config = StaticCache(config=model.config, max_cache_len=SLOTS), model.config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache.early_initialization(1, config.num_key_value_heads, size, torch.float32, "cpu")
-    return cache
+    return StaticCache(config=model.config, max_cache_len=SLOTS)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -261,11 +291,41 @@ def test_a_growing_cache_in_torch_compile(name: str) -> None:
     assert_tokens(model, lethe.optimize(module, policy="full", example_inputs=example))
 
 
-def test_a_rolling_cache_captured_when_full_is_refused() -> None:
-    """Transformers' graph of a full window has the position at which it was captured in it, as a number."""
+@pytest.fixture(scope="module", params=[("gemma2", "static"), ("mistral", "growing")])
+def rolling_case(request: pytest.FixtureRequest) -> Case:
+    name, kind = request.param
+    model = model_of(name)
+    cache = static_cache(model) if kind == "static" else DynamicCache(config=model.config)
+    module, example = compiled(model, cache, dynamic=None, tokens=WINDOW + 2)
+    return case(model, module, example)
+
+
+def test_a_rolling_cache_in_torch_compile(rolling_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph of a full window: before it is full, every token that there is is seen."""
+    use(monkeypatch, rolling_case.captured)
+    fast = lethe.optimize(rolling_case.step, policy="full")
+    assert_features(fast, rolling_case.model.config)
+    rolling = [note for note in rolling_case.notes if "gone (shift)" in note]
+    kinds = getattr(rolling_case.model.config, "layer_types", None) or ["sliding_attention"] * len(fast.sites)
+    assert len(rolling) == kinds.count("sliding_attention")
+    assert all(f"window {WINDOW}, captured for {WINDOW} tokens before it or more" in note for note in rolling)
+    assert_tokens(rolling_case.model, fast)
+
+
+def test_a_rolling_cache_pruned_matches_the_oracle(rolling_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_pruned_as_the_oracle(rolling_case, "lethe", monkeypatch)
+
+
+def test_a_window_that_is_not_yet_full_limits_the_sequence() -> None:
+    """Transformers' graph before that puts a token in the slot of its position, of which there are no more."""
     model = model_of("mistral")
-    cache = static_cache(model)
-    model(ONE.expand(1, 10), past_key_values=cache)
-    module, example = compiled(model, cache, dynamic=False)
+    module, example = compiled(model, static_cache(model), dynamic=None, tokens=2)
+    assert lethe.optimize(module, policy="full", example_inputs=example).max_positions == WINDOW
+
+
+def test_a_rolling_cache_at_one_position_is_refused() -> None:
+    """With `dynamic=False` the graph of a full window has the position at which it was captured as a number."""
+    model = model_of("mistral")
+    module, example = compiled(model, static_cache(model), dynamic=False, tokens=WINDOW + 3)
     with pytest.raises(UnsupportedGraphError, match=r"sees slot \d+ of '.*', which holds none|its mask is not"):
         lethe.optimize(module, example_inputs=example)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lethe_compile.capture.graph import (
     EXAMPLE_TOKENS,
@@ -131,12 +131,28 @@ def _parameters(model: nn.Module) -> list[str]:
 
 
 def _by_name(model: nn.Module, given: Sequence[Any] | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if given is None or isinstance(given, Mapping):
-        return None if given is None else dict(given)
+    """Example arguments by name. Of a graph, whose inputs are flat, what lists and caches among them hold."""
     names = _parameters(model)
-    if len(given) > len(names):
-        raise InputError(f"{len(given)} example inputs for a model that takes {len(names)}: {', '.join(names)}")
-    return dict(zip(names, given, strict=False))
+    if isinstance(given, Mapping) and (set(given) <= set(names) or not isinstance(model, fx.GraphModule)):
+        return dict(given)
+    if given is None:
+        return None
+    values = tree_leaves(_in_order(model, given)) if isinstance(model, fx.GraphModule) else list(given)
+    if len(values) > len(names):
+        raise InputError(f"{len(values)} example inputs for a model that takes {len(names)}: {', '.join(names)}")
+    return dict(zip(names, values, strict=False))
+
+
+def _in_order(module: fx.GraphModule, given: Sequence[Any] | Mapping[str, Any]) -> Sequence[Any]:
+    """Arguments in the order in which the graph was made to take them, as torch.export writes it down."""
+    signature = getattr(module.graph._codegen, "pytree_info", None)
+    if not isinstance(given, Mapping):
+        return given
+    order = [] if signature is None else [name for name in signature.orig_args if name in given]
+    if len(order) < len(given):
+        unknown = ", ".join(sorted({*given} - {*order}))
+        raise InputError(f"the graph has no inputs {unknown} to take example inputs for")
+    return [given[name] for name in order]
 
 
 def _example(model: nn.Module, given: Sequence[Any] | Mapping[str, Any] | None) -> dict[str, Any]:

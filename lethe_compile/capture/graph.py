@@ -150,8 +150,8 @@ def to_program(
     return Program(fx.GraphModule(module, graph), expected_layers)  # without the hooks that check the old signature
 
 
-def functional(exported: torch.export.ExportedProgram) -> fx.GraphModule:
-    """Without writes to intermediate tensors, and with autocast written out."""
+def functional(exported: torch.export.ExportedProgram, *, state: bool = False) -> fx.GraphModule:
+    """Without writes to intermediate tensors, and with autocast written out; with `state`, others all at the end."""
     graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
     calls = [n for g in graphs for n in g.nodes]
     if any(is_call(n, _AUTOCAST) and argument(n, 2, "enabled") for n in calls):
@@ -159,7 +159,7 @@ def functional(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     module = _module(exported)
     try:
         for part in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
-            functionalize(part.graph)
+            functionalize(part.graph, state=state and part is module)
     except NotLocal as reason:
         _log.info("decomposing, which takes long: %s", reason)
         return _module(exported.run_decompositions({}))

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from lethe_compile.capture.graph import ROLES, Captured, functional
 from lethe_compile.capture.original import OriginalStep
 from lethe_compile.errors import UnsupportedGraphError
+from lethe_compile.passes.complete_step import complete_step
 from lethe_compile.passes.normalize import tidy
 from lethe_compile.passes.program import (
     Program,
@@ -28,8 +29,8 @@ from lethe_compile.passes.program import (
 from lethe_compile.passes.step import moved, past_dim, sizes_of
 
 STEP_POSITIONS = ("cache_position", "cache_positions", "start_pos", "past_length")
-_POSITIONS = (*ROLES["position_ids"], *STEP_POSITIONS)
-_NAMES = f"{', '.join(ROLES['input_ids'])} (token ids), {', '.join(_POSITIONS)} (positions), attention_mask"
+POSITIONS = (*ROLES["position_ids"], *STEP_POSITIONS)
+_NAMES = f"{', '.join(ROLES['input_ids'])} (token ids), {', '.join(POSITIONS)} (positions), attention_mask"
 
 
 def is_step(exported: torch.export.ExportedProgram) -> bool:
@@ -55,15 +56,20 @@ def root_of(node: fx.Node) -> fx.Node:
 
 
 def capture_step(
-    exported: torch.export.ExportedProgram, call: Callable[..., Any] | None = None, owner: Any = None
+    exported: torch.export.ExportedProgram,
+    call: Callable[..., Any] | None = None,
+    owner: Any = None,
+    least: int = 0,
 ) -> Captured:
     """Capture a decode step; `call` runs the original, whose buffers are `owner`'s: by default the program itself.
+
+    A step that holds after `least` tokens or more is completed by `complete_step`, and what results is the original.
 
     Raises:
         UnsupportedGraphError: an input has no role, something that is written is no cache, or nothing returned is
             logits.
     """
-    module = functional(_without_aliases(exported))
+    module = functional(_without_aliases(exported), state=True)
     module.graph.set_codegen(fx.graph.CodeGen())
     module = fx.GraphModule(module, module.graph)  # without the hooks that check the old signature
     tidy(module)
@@ -74,11 +80,24 @@ def capture_step(
     states += _pasts(inputs, outputs, {state.node for state in states})
     roles = _roles([n for n in inputs if n not in {state.node for state in states}])
     logits = _logits(outputs, {state.after for state in states})
+    program = _program(module, roles, states, logits, least)
+    if least:
+        complete_step(program)
+        return Captured(program, _original_of(program))
     if call is None:
         own = exported.module(check_guards=False)
         call = owner = fx.GraphModule(own, own.graph)  # no hooks: a past may be empty, which they may not know
     original = OriginalStep(call, owner, exported.example_inputs, inputs, roles, states, outputs, logits)
-    return Captured(_program(module, roles, states, logits), original)
+    return Captured(program, original)
+
+
+def _original_of(program: Program) -> OriginalStep:
+    """The step as its own graph, which takes and returns all of its state."""
+    assert program.step is not None
+    inputs, outputs = program.placeholders(), program.graph.output_node().all_input_nodes
+    example: Any = ([0] * len(inputs), {})
+    roles, states = program.step.roles, program.step.states
+    return OriginalStep(program.module, None, example, inputs, roles, states, outputs, outputs[0])
 
 
 def _without_aliases(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -201,19 +220,20 @@ def _roles(inputs: Sequence[fx.Node]) -> dict[fx.Node, str]:
 def _role_by_name(node: fx.Node) -> str | None:
     name, value = str(node.target), node.meta.get("val")
     if not isinstance(value, Tensor):
-        return "position" if name in _POSITIONS and isinstance(value, torch.SymInt) else None
+        return "position" if name in POSITIONS and isinstance(value, torch.SymInt) else None
     if name in ROLES["attention_mask"]:
         return "attention_mask" if value.dim() == 2 else None
     if value.is_floating_point() or value.dtype == torch.bool:
         return None
     if name in ROLES["input_ids"]:
         return "input_ids" if value.dim() == 2 else None
-    return "position" if name in _POSITIONS and value.dim() <= 2 else None
+    return "position" if name in POSITIONS and value.dim() <= 2 else None
 
 
 def _logits(outputs: Sequence[fx.Node | None], afters: Collection[fx.Node]) -> fx.Node:
     """The first floating-point output of rank 3, or else of rank 2, that is no state."""
-    results = [n for n in outputs if n is not None and n not in afters and n.meta["val"].is_floating_point()]
+    tensors = [n for n in outputs if n is not None and n not in afters and isinstance(n.meta["val"], Tensor)]
+    results = [n for n in tensors if n.meta["val"].is_floating_point()]
     for rank in (3, 2):
         for node in results:
             if node.meta["val"].dim() == rank:
@@ -222,7 +242,9 @@ def _logits(outputs: Sequence[fx.Node | None], afters: Collection[fx.Node]) -> f
     raise UnsupportedGraphError(f"the step returns no logits [batch, tokens, vocabulary], but {shapes or 'nothing'}")
 
 
-def _program(module: fx.GraphModule, roles: Mapping[fx.Node, str], states: Sequence[State], logits: fx.Node) -> Program:
+def _program(
+    module: fx.GraphModule, roles: Mapping[fx.Node, str], states: Sequence[State], logits: fx.Node, least: int
+) -> Program:
     graph = module.graph
     ids = next(n for n, role in roles.items() if role == "input_ids")
     ids.target = ids.name = "input_ids"
@@ -231,4 +253,4 @@ def _program(module: fx.GraphModule, roles: Mapping[fx.Node, str], states: Seque
     for node in [n for n in graph.nodes if n.op == "placeholder" and n not in kept]:
         graph.erase_node(node)
     remove_dead(graph)
-    return Program(fx.GraphModule(module, graph), step=Step(roles, tuple(states)))
+    return Program(fx.GraphModule(module, graph), step=Step(roles, tuple(states), least))

@@ -10,22 +10,25 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from lethe_compile.capture.graph import ROLES, Captured, evaluating
-from lethe_compile.capture.step import STEP_POSITIONS, capture_step, is_step, root_of
+from lethe_compile.capture.step import POSITIONS, STEP_POSITIONS, capture_step, is_step, root_of
 from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.passes.program import is_symbolic, written
 
-_WEIGHT = ("_parameters_", "_buffers_", "_modules_")  # in the names that torch.compile gives to what a module owns
+PAST_LENGTH = "past_length"
+_LEAST = "lethe_least_past"  # in the meta of a graph: the least `past_length` that its guards allow
+# In the names that torch.compile gives to what a module owns.
+_WEIGHT = ("L_self_", "_parameters_", "_buffers_", "_modules_")
 
 
 def capture_step_module(model: nn.Module, names: Sequence[str], example: Mapping[str, Any] | None) -> Captured | None:
-    """Capture `model` if it is a decode step, else None: it has caches, or its `example` is not ids [>= 2, >= 2].
+    """Capture `model` if it is a decode step, else None. It may be one where it has caches, or by its `example`.
 
     Raises:
         UnsupportedGraphError: torch cannot export it, or see `capture_step`.
     """
     if example is None:
         example = _example(model, names)
-    elif all(isinstance(leaf, Tensor) and leaf.dim() == 2 and min(leaf.shape) > 1 for leaf in tree_leaves(example)):
+    elif not _may_be_of_step(tree_leaves(example)):
         return None
     if example is None:
         return None
@@ -38,7 +41,16 @@ def capture_step_module(model: nn.Module, names: Sequence[str], example: Mapping
         with evaluating(step):
             return step(**arguments)
 
-    return capture_step(exported, call, step)
+    least = model.meta.get(_LEAST, 0) if isinstance(model, fx.GraphModule) else 0
+    return capture_step(exported, call, step, least)
+
+
+def _may_be_of_step(leaves: Sequence[Any]) -> bool:
+    """Whether there are token ids, and more or other than whole sequences."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    plain = all(isinstance(leaf, (Tensor, int, float, type(None))) for leaf in leaves)
+    whole = len(tensors) == len(leaves) and all(leaf.dim() == 2 and min(leaf.shape) > 1 for leaf in tensors)
+    return plain and any(leaf.dim() == 2 for leaf in tensors) and not whole
 
 
 def _flat(module: fx.GraphModule) -> fx.GraphModule:
@@ -67,10 +79,12 @@ def _export(model: nn.Module, example: Mapping[str, Any]) -> torch.export.Export
     """Export with every size dynamic that may be: more than one, and not of a cache that is written in place."""
     try:
         with evaluating(model), torch.no_grad():
-            exported = torch.export.export(model, (), dict(example), dynamic_shapes=_shapes(example, ()), strict=False)
-            fixed = _written_inputs(exported, tree_leaves(dict(example)))
-            if fixed:
-                shapes = _shapes(example, fixed)
+            fixed = _of_fixed_size(model, example)
+            shapes = _shapes(model, example, fixed)
+            exported = torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)
+            inputs = _written_inputs(exported, tree_leaves(dict(example)))
+            if any(all(leaf is not other for other in fixed) for leaf in inputs):
+                shapes = _shapes(model, example, [*fixed, *inputs])
                 exported = torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)
     except UnsupportedGraphError:
         raise
@@ -82,14 +96,26 @@ def _export(model: nn.Module, example: Mapping[str, Any]) -> torch.export.Export
     return exported
 
 
-def _shapes(example: Mapping[str, Any], fixed: Sequence[Tensor]) -> Any:
+def _shapes(model: nn.Module, example: Mapping[str, Any], fixed: Sequence[Tensor]) -> Any:
     shapes = torch.export.ShapesCollection()
     for leaf in tree_leaves(dict(example)):
         if isinstance(leaf, Tensor) and not any(leaf is other for other in fixed):
             dynamic = {dim: torch.export.Dim.AUTO for dim, size in enumerate(leaf.shape[:3]) if size > 1}
             if dynamic:
                 shapes[leaf] = dynamic
-    return shapes
+    named = shapes.dynamic_shapes(model, (), dict(example))
+    dynamic_numbers = [n for n, v in example.items() if type(v) is int and n in POSITIONS]
+    return {**named, **dict.fromkeys(dynamic_numbers, torch.export.Dim.AUTO)}
+
+
+def _of_fixed_size(model: nn.Module, example: Mapping[str, Any]) -> list[Tensor]:
+    """The arguments of a captured graph that have no dynamic size in it."""
+    fixed = []
+    for node in model.graph.nodes if isinstance(model, fx.GraphModule) else ():
+        value, given = node.meta.get("example_value", node.meta.get("val")), example.get(str(node.target))
+        if node.op == "placeholder" and isinstance(value, Tensor) and isinstance(given, Tensor):
+            fixed += [] if any(is_symbolic(size) for size in value.shape) else [given]
+    return fixed
 
 
 def _written_inputs(exported: torch.export.ExportedProgram, leaves: Sequence[Any]) -> list[Tensor]:
@@ -111,14 +137,20 @@ def bind_weights(module: fx.GraphModule, example: Sequence[Any]) -> tuple[fx.Gra
     """A graph as torch.compile hands it to a backend, with what it lifted put back: (module, inputs that are left).
 
     Parameters, and whatever else the model owns by its name, become attributes; numbers that came as tensors become
-    numbers; sizes that came as integers are read off the tensors that have them.
+    numbers; sizes that came as integers are read off the tensors that have them. Integers that the graph returns larger
+    by one count the tokens so far: they become the input `past_length`.
 
     Raises:
-        UnsupportedGraphError: an integer is no size of a tensor.
+        UnsupportedGraphError: an integer is none of these, or two count differently.
     """
-    graph, root, left = fx.Graph(), nn.Module(), {}
+    graph, root = fx.Graph(), nn.Module()
+    left: dict[str, Any] = {}
     copied: dict[fx.Node, Any] = {}
     given = dict(zip([n for n in module.graph.nodes if n.op == "placeholder"], example, strict=True))
+    counters = [node for node, value in given.items() if not isinstance(value, Tensor) and _counts(node)]
+    if counters:
+        left[PAST_LENGTH] = _agreed(counters)
+        copied = dict.fromkeys(counters, graph.placeholder(PAST_LENGTH))
     for node, value in given.items():
         if isinstance(value, Tensor) and not _is_weight(node, value):
             copied[node] = graph.node_copy(node)
@@ -128,18 +160,49 @@ def bind_weights(module: fx.GraphModule, example: Sequence[Any]) -> tuple[fx.Gra
             copied[node] = _bound(graph, root, node, value, copied)
     for node in module.graph.nodes:
         if node.op == "output":
-            graph.output(fx.node.map_arg(node.args[0], copied.__getitem__))
+            results = [n for n in node.all_input_nodes if isinstance(n.meta.get("example_value"), Tensor)]
+            graph.output(tuple(copied[n] for n in results))
         elif node.target == "item" and isinstance(number := copied.get(node.args[0]), float):
             copied[node] = number
         elif node.op != "placeholder":
             copied[node] = graph.node_copy(node, copied.__getitem__)
             if node.op in ("get_attr", "call_module"):
                 setattr(root, str(node.target), getattr(module, str(node.target)))
-    return fx.GraphModule(root, graph), left
+    bound = fx.GraphModule(root, graph)
+    bound.meta[_LEAST] = max((_least(node) for node in counters), default=0)
+    return bound, left
 
 
 def _is_weight(node: fx.Node, value: Tensor) -> bool:
     return isinstance(value, nn.Parameter) or any(part in str(node.target) for part in _WEIGHT)
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether an integer comes out of the graph larger by one."""
+    before = _symbol(node)
+    outputs = node.graph.output_node().all_input_nodes
+    return before is not None and any(_symbol(n) == before + 1 for n in outputs)
+
+
+def _symbol(node: fx.Node) -> Any:
+    """The expression of a dynamic integer, None for anything else."""
+    value = node.meta.get("example_value")
+    return value.node.expr if isinstance(value, torch.SymInt) else None
+
+
+def _least(counter: fx.Node) -> int:
+    symbol = counter.meta["example_value"].node
+    lower = symbol.shape_env.bound_sympy(symbol.expr).lower
+    return max(0, int(lower)) if lower.is_Integer else 0  # else unbounded
+
+
+def _agreed(counters: Sequence[fx.Node]) -> int:
+    """The number of tokens that counters stood at when the graph was captured."""
+    counts = {node: int(node.meta["example_value"].node.hint) for node in counters}
+    if len(set(counts.values())) > 1:
+        stood = ", ".join(f"'{node.target}' at {count}" for node, count in counts.items())
+        raise UnsupportedGraphError(f"the numbers that count tokens differ: {stood}", node=counters[0].name)
+    return counts[counters[0]]
 
 
 def _bound(graph: fx.Graph, root: nn.Module, node: fx.Node, value: Any, copied: Mapping[fx.Node, Any]) -> Any:

@@ -94,6 +94,14 @@ def rolled(toy: StepToy, name: str, new: Tensor, at: Any) -> Tensor:
     return cache
 
 
+def pushed(toy: StepToy, name: str, new: Tensor, at: Any) -> Tensor:
+    """The oldest token goes once attention has read it."""
+    cache = toy.get_buffer(name)
+    full = torch.cat([cache, new], dim=-2)
+    cache.copy_(full[:, :, 1:])
+    return full
+
+
 def filled(position: Tensor, slots: int) -> Tensor:
     """Of a rolling cache: the last so many slots as there are tokens."""
     return torch.arange(slots) >= slots - 1 - position[:, None]
@@ -184,6 +192,7 @@ SPELLINGS: dict[str, tuple[Callable[[], torch.export.ExportedProgram], str, Mask
     "four rows": (exported_four_rows, "append", Mask()),
     "positions in a formula": (lambda: exported(Waving(index_copied)), "append", Mask()),
     "roll": (lambda: exported(StepToy(rolled, filled, (1, KV_HEADS, 9, HEAD_DIM))), "shift", Mask(9)),
+    "cat, fixed": (lambda: exported(StepToy(pushed, filled, (1, KV_HEADS, 8, HEAD_DIM))), "shift", Mask(9)),
     "cat": (lambda: exported(Past(joined)), "grow", Mask()),
     "cat, sliding": (lambda: exported(Past(joined, sliding)), "grow", Mask(9)),
     "cat, no mask": (lambda: exported(Past(joined, everything)), "grow", Mask()),
@@ -209,6 +218,19 @@ def test_a_cache_goes_and_the_numbers_stay(spelling: str) -> None:
     tolerance = 1e-2 if spelling == "bfloat16" else 1e-5
     torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
     assert result.program.longest == (SLOTS if kind == "append" else None)
+
+
+def test_positions_that_stop_are_no_positions() -> None:
+    """Beyond the 50th, a table's last row for every token: told by the constant, not by a few samples."""
+
+    class Clamped(StepToy):
+        def attend(self, ids: Tensor, position: Tensor, at: Any = None) -> Tensor:
+            return super().attend(ids, position) + self.head(self.table(position.clamp(max=50)))
+
+    captured, ids = capture(exported(Clamped(index_copied))), torch.randint(VOCABULARY, (2, 60))
+    with torch.no_grad():
+        logits = LocateCache().run(captured.program).program.module(ids, torch.arange(60).expand(2, -1))
+    torch.testing.assert_close(logits, captured.original({"input_ids": ids}), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("spelling", ["index_put_", "roll", "cat", "cat, trimmed", "four rows"])
