@@ -260,12 +260,16 @@ class OptimizedModel(nn.Module):
         self.begin(len(past.lengths), past.lengths)
         padded = _padded(past.lengths.to(self.device), self.cache.rows)
         prompts = padded.cpu().numpy().astype(np.int64)
-        past.fill(self.cache, prompts)
-        self._next_position.copy_(padded)
-        self._ledger.prefill(prompts, self.cache.pages_held(), self.cache.lengths)
-        self._live = (prompts > 0).astype(np.int64)
-        self._until_round = self.config.prune_interval
-        self._reserve(padded > 0)
+        try:
+            past.fill(self.cache, prompts)
+            self._next_position.copy_(padded)
+            self._ledger.prefill(prompts, self.cache.pages_held(), self.cache.lengths)
+            self._live = (prompts > 0).astype(np.int64)
+            self._until_round = self.config.interval
+            self._reserve(padded > 0)
+        except BaseException:
+            self.end()
+            raise
 
     @torch.no_grad()
     def forward_after(self, past: Past, input_ids: Tensor) -> Tensor:

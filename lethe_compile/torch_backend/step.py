@@ -72,7 +72,8 @@ class StaticStep:
         width = self.columns + self._tokens
         if self._padding is not None:
             return self._padding[:, : self.columns]
-        return next((seen[:, 0, : self.columns] for seen in self._seen if seen.shape[2] >= width), None)
+        wide: Tensor | None = next((seen for seen in self._seen if seen.shape[2] >= width), None)
+        return None if wide is None else wide[:, 0, : self.columns]
 
     def real_columns(self) -> Tensor:
         """[R, columns + T] bool: which columns are tokens and not padding.
@@ -104,7 +105,7 @@ class StaticStep:
 
     def _first_column(self, seen: Tensor) -> int:
         """Which column a mask begins with: a window's shows the last ones only."""
-        return max(0, self.columns + self._tokens - seen.shape[2])
+        return max(0, self.columns + self._tokens - int(seen.shape[2]))
 
     def _explained(self, seen: Tensor, real: Tensor) -> bool:
         """Whether a mask ``[R, T, K]`` is padding and one of the model's own bands, as far as real tokens ask it."""
