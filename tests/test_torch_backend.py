@@ -373,6 +373,11 @@ def test_a_part_of_a_model_is_refused() -> None:
         torch.compile(model, backend="lethe")(torch.ones(2, 5, dtype=torch.int64))
 
 
+def test_a_function_without_a_model_is_refused() -> None:
+    with pytest.raises(lethe.UnsupportedGraphError, match="computes with no model's weights"):
+        compiled(lambda ids: ids * 2)(torch.ones(2, 5))
+
+
 def test_a_function_around_a_model_is_told_from_it() -> None:
     model = shared("plain")
     ids = torch.randint(97, (2, 9))

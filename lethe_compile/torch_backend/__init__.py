@@ -2,8 +2,21 @@
 
 `options` are the fields of `LetheConfig`. What torch.compile captures must be the whole forward of one model; that
 model is then compiled by `optimize`, once, whatever the graphs of it that follow: their shapes differ, the model does
-not. Each graph is run beside the optimized model at its first call and must give the same logits, so that what the two
-have been told apart by (flags, masks, positions) is proved and not assumed.
+not. Each graph is run beside the optimized model at its first call and must give the same logits, so that flags, masks
+and positions are proved and not assumed.
+
+Transformers' `generate` runs unchanged, with ``cache_implementation="static"``, in one of two ways::
+
+    model.forward = torch.compile(model.forward, backend="lethe", options={...}, fullgraph=True)
+    model.generate(ids, cache_implementation="static")  # pruned from the prompt on; the static cache takes no memory
+
+    config = CompileConfig(backend="lethe", mode=None, options={...}, fullgraph=True)
+    model.generate(ids, cache_implementation="static", compile_config=config)  # compiles steps alone, and on GPUs alone
+
+The second prefills outside of torch.compile: what attention went to in the prompt is not known, and the static cache
+stays allocated until `generate` returns. `optimized(model)` tells what became of the model and of its cache. Rows that
+have ended go on with padding, as transformers feeds it. With ``fullgraph=True`` whatever torch.compile would run
+uncompiled, behind a graph break or beyond its limit of recompilations, is an error.
 
 Errors come from the first call of the compiled model, as they are: `UnsupportedGraphError`, `ConfigError`,
 `InputError`. Raised inside torch.compile they would be wrapped, or taken for a reason to run the model uncompiled.
@@ -120,11 +133,12 @@ class _CompiledRegion:
 
     def __init__(self, region: Region, options: Mapping[str, Any] | None, mode: str | None) -> None:
         self._region, self._options, self._mode = region, options, mode
-        self._ready: tuple[int, ...] = ()
+        self._ready: list[int] | None = None
 
     @torch.no_grad()
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        weights = tuple(id(value) for value, owned in zip(inputs, self._region.owned, strict=True) if owned)
+        owned = zip(inputs, self._region.owned, strict=True)
+        weights = [id(value) for value, own in owned if own and isinstance(value, Tensor)]
         if self._ready != weights:
             self._prepare(inputs)
             self._ready = weights

@@ -32,10 +32,10 @@ class StaticStep:
 
     def __init__(self, fast: OptimizedModel, roles: Roles, inputs: Sequence[Any], session: LetheCache | None) -> None:
         self._roles, self._session = roles, session
-        ids = inputs[roles.input_ids]
+        ids: Tensor = inputs[roles.input_ids]
         (self._rows, self._tokens), self._device = ids.shape, ids.device
         self.positions: Tensor | None = None if roles.position_ids is None else inputs[roles.position_ids]
-        masks = [inputs[place] for place in roles.masks]
+        masks: list[Tensor] = [inputs[place] for place in roles.masks]
         self._padding = next((mask.bool() for mask in masks if mask.dim() == 2), None)
         self._seen = [_seen(mask) for mask in masks if mask.dim() == 4]
         self._bands = {Mask(), *(site.mask for site in fast.sites if site.mask is not None)}
