@@ -241,6 +241,7 @@ def _attend(
         tl.store(length + each, lengths + added, mask=(each < rows) & (added > 0))
 
 
+_MANY_ITEMS = 768
 REGISTERS = 255  # a thread may have: few threads stream best, so none has to spill for the sake of more of them
 
 
@@ -265,8 +266,11 @@ class Tuning:
     least: int = 2
 
 
-def tuning(k_dim: int, v_dim: int, itemsize: int, page: int) -> Tuning:
-    """The fastest of those tried on an H100 with heads of 128 in half precision; others get blocks of as many bytes."""
+def tuning(k_dim: int, v_dim: int, itemsize: int, page: int, items: int = 1) -> Tuning:
+    """The fastest of those tried on an H100 with heads of 128 in half precision; others get blocks of as many bytes.
+
+    `items` are pairs of row and KV head: where there are many, one program's stream covers the end of another's item.
+    """
     token = (triton.next_power_of_2(k_dim) + triton.next_power_of_2(v_dim)) * itemsize
     # Float32 products take registers. A power of two, as blocks must be: dimensions that differ pad to no such sum.
     scale = triton.next_power_of_2(max(1, token * (2 if itemsize > 2 else 1) // 512))
@@ -274,7 +278,8 @@ def tuning(k_dim: int, v_dim: int, itemsize: int, page: int) -> Tuning:
         if token < 512:
             return Tuning(64, programs=2, warps=4, stages=3)
         if itemsize == 2 and scale == 1:
-            return Tuning(64, programs=1, warps=4, stages=4, bulk=True)
+            programs, stages = (1, 4) if items < _MANY_ITEMS else (2, 3)
+            return Tuning(64, programs, warps=4, stages=stages, bulk=True)
         return Tuning(max(16, 64 // scale), programs=1, warps=8, stages=4 if scale <= 4 else 2)
     if itemsize > 2:
         return Tuning(32 if token <= 1024 else 16, programs=1, warps=4, stages=3 if token <= 1024 else 2)
@@ -330,7 +335,7 @@ def attention(
     kv_heads, page, v_dim = k_pages.shape[1], k_pages.shape[2], v_pages.shape[3]
     group, items = heads // kv_heads, rows * kv_heads
     device, interpreted = query.device, not query.is_cuda
-    tune = tune or tuning(k_dim, v_dim, query.element_size(), page)
+    tune = tune or tuning(k_dim, v_dim, query.element_size(), page, items)
     block, m, block_v = tune.block, max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(v_dim))
     programs = tune.programs * (2 if interpreted else torch.cuda.get_device_properties(device).multi_processor_count)
     capacity = -(-page_table.shape[1] * page // block) * block
