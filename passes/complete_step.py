@@ -19,11 +19,11 @@ from lethe_compile.passes.step_sites import StepSite, find_sites
 aten = torch.ops.aten
 
 
-def complete_step(program: Program) -> None:
+def complete_step(program: Program) -> bool:
     """Let attention see every token that there is, and no empty slot, while fewer than `Step.least` came before.
 
     That is done to each rolling cache that so many tokens fill, and changes nothing once it is full. The number of
-    tokens before the step must be an integer among its inputs. The graph is changed in place.
+    tokens before the step must be an integer among its inputs. The graph is changed in place, if the result says so.
 
     Raises:
         UnsupportedGraphError: an attention that is written out has no mask.
@@ -31,12 +31,13 @@ def complete_step(program: Program) -> None:
     assert program.step is not None
     past = next((n for n, role in program.step.roles.items() if role == "position" and _is_number(n)), None)
     if past is None:
-        return
-    steps = Steps(program)
-    for site in find_sites(program, steps):
-        if site.key.cache.kind == "shift" and site.key.before(steps, 0) <= program.step.least:
-            _complete(program.graph, steps, site, past)
+        return False
+    steps, least = Steps(program), program.step.least
+    sites = [s for s in find_sites(program, steps) if s.key.cache.kind == "shift" and s.key.before(steps, 0) <= least]
+    for site in sites:
+        _complete(program.graph, steps, site, past)
     program.module.recompile()
+    return bool(sites)
 
 
 def _is_number(node: fx.Node) -> bool:

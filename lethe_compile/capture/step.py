@@ -81,8 +81,7 @@ def capture_step(
     roles = _roles([n for n in inputs if n not in {state.node for state in states}])
     logits = _logits(outputs, {state.after for state in states})
     program = _program(module, roles, states, logits, least)
-    if least:
-        complete_step(program)
+    if least and complete_step(program):
         return Captured(program, _original_of(program))
     if call is None:
         own = exported.module(check_guards=False)
@@ -94,7 +93,8 @@ def capture_step(
 def _original_of(program: Program) -> OriginalStep:
     """The step as its own graph, which takes and returns all of its state."""
     assert program.step is not None
-    inputs, outputs = program.placeholders(), program.graph.output_node().all_input_nodes
+    inputs = program.placeholders()
+    outputs: Any = program.graph.output_node().args[0]
     example: Any = ([0] * len(inputs), {})
     roles, states = program.step.roles, program.step.states
     return OriginalStep(program.module, None, example, inputs, roles, states, outputs, outputs[0])

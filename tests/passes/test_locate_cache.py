@@ -295,8 +295,8 @@ def test_a_position_may_be_an_integer_and_index_rows_of_a_table() -> None:
     step = torch.export.export(
         Llama(scattered), (torch.ones(1, 1, dtype=torch.int64), 5), dynamic_shapes=(None, Dim.DYNAMIC), strict=False
     )
-    fast = lethe.optimize(step, policy="full")
-    assert fast.max_positions == SLOTS
+    for model, example in ((step, None), (Llama(scattered), (torch.ones(1, 1, dtype=torch.int64), 5))):
+        assert lethe.optimize(model, policy="full", example_inputs=example).max_positions == SLOTS
 
 
 # ------------------------------------------------------------------------------------------------------ near misses
