@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+
 from lethe_compile.api import optimize
 from lethe_compile.config import LetheConfig
 from lethe_compile.errors import (
@@ -13,6 +15,13 @@ from lethe_compile.errors import (
     VerificationError,
 )
 from lethe_compile.runtime import OptimizedModel
+
+if "lethe" not in entry_points(group="torch_dynamo_backends").names:  # not installed: a checkout
+    from torch._dynamo import register_backend
+
+    from lethe_compile.torch_backend import lethe
+
+    register_backend(lethe)
 
 __version__ = "0.1.0"
 

@@ -35,12 +35,16 @@ def optimize(
 
     Args:
         model: a Hugging Face causal LM, a plain module, an `fx.GraphModule`, or an ExportedProgram with dynamic batch
-            and tokens. It is not changed; the result shares its weights. Of a model wrapped by PEFT, the adapters that
+            and tokens. The last three may be a decode step that carries its own cache, in buffers or as inputs and
+            outputs, of one token or any number: the cache goes, and the result takes whole batches of sequences. The
+            model is not changed; the result shares its weights. Of a model wrapped by PEFT, the adapters that
             are active now are compiled in: to set or disable others later changes nothing, and to merge later changes
             the weights under the compiled adapters, so merge before.
         config: how to prune; the default is `LetheConfig()`.
         policy: name of the eviction policy, overriding the config's: "lethe", "full" (evicts nothing), or registered.
-        example_inputs: for a plain module whose signature is not ``(input_ids[, positions])``.
+        example_inputs: for a plain module whose signature is not ``(input_ids[, positions])``, and for a decode step
+            that takes its past as an input: the arguments of one step, after two tokens or more. A graph of
+            torch.compile is given with those that its backend gets.
         verified: compare the result with the model on sample sequences, whole and step by step, before returning it.
         backend: "eager" runs the graph node by node; "inductor" compiles what lies between the attention ops, each
             repeated layer once; "cudagraphs" also replays decode steps as CUDA graphs; "auto" takes the last on a GPU
@@ -67,7 +71,9 @@ def optimize(
         warm_up_compiler()
     captured = capture(model, example_inputs)
     device = captured.program.device
-    result = run_pipeline(captured.program, pipeline(rule.decay, rule.peak, fuse=device.type == "cuda"))
+    own_cache = captured.program.step is not None
+    passes = pipeline(rule.decay, rule.peak, fuse=device.type == "cuda", own_cache=own_cache)
+    result = run_pipeline(captured.program, passes)
     stateful, content = bool(result.program.stateful), result.program.content
     chosen = choose_backend(backend, device, stateful=stateful, content=content)
     fast = OptimizedModel(

@@ -151,6 +151,32 @@ class KVCache:
         self._sampled += self.bytes_in_use
         self._samples += 1
 
+    def load(self, layer: int, keys: Tensor, values: Tensor, position: Tensor) -> None:
+        """Fill the first R rows of an empty layer with tokens from elsewhere, in order; their masses are 0.
+
+        `keys` are ``[R, kv_heads, N, k_dim]``, `values` ``[R, kv_heads, N, v_dim]``, `position` ``[R, N]``, -1 where
+        there is no token. Waits for the device.
+
+        Raises:
+            InputError: more tokens than were reserved.
+        """
+        real = position >= 0
+        count, rows = real.sum(1), len(position)
+        self.lengths[layer, :rows] = count.cpu().numpy()
+        if (self._pages(self.lengths[layer]) > self.pages_held()[layer]).any():
+            raise InputError(f"layer {layer} gets {count.tolist()} tokens, and fewer were reserved")
+        self._upload()
+        row, column = real.nonzero(as_tuple=True)
+        slot = (real.cumsum(1) - 1)[row, column]
+        page = self.page_table[layer, row, slot // self.page_size].long()
+        offset = slot % self.page_size
+        tensors = self._pools[self.pool_of_layer[layer]].tensors
+        tensors["k_pages"][page, :, offset] = keys[row, :, column]
+        tensors["v_pages"][page, :, offset] = values[row, :, column]
+        tensors["slot_position"][page, offset] = position[row, column].int()
+        tensors["slot_mass"][page, offset] = 0.0
+        self.length[layer, :rows] = count.int()
+
     def sync(self, *others: Tensor) -> list[Counts]:
         """Read back `length`, and `others`, integer or bool tensors, with it: one wait for the device. Pages stay."""
         self.lengths, *rest = self._read(self.length, *others)

@@ -137,7 +137,9 @@ class LetheConfig:
         for key in values:
             if key not in known:
                 nearest = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-                raise ConfigError(f"{key!r} is not a setting of LetheConfig; the nearest is {nearest!r}")
+                raise ConfigError(
+                    f"{key!r} is not a setting of LetheConfig; the nearest is {nearest!r}, of {', '.join(known)}"
+                )
         return cls(**values)
 
 

@@ -14,6 +14,7 @@ from lethe_compile.errors import InputError
 from lethe_compile.prompt import check_ids
 
 if TYPE_CHECKING:
+    from lethe_compile.past import Past
     from lethe_compile.runtime import OptimizedModel
 
 _BEAMS = "beams would have to fork the pruned cache"
@@ -90,6 +91,23 @@ class LetheCache(Cache):
             raise
         self._mask = mask
         return logits
+
+    def adopt(self, past: Past, mask: Tensor) -> None:
+        """Begin with what another cache holds; `mask` is ``[R, columns]``, 0 on padding, which must lie on the left."""
+        self._model.adopt(past)
+        self._hold()
+        self._mask, self._padded = mask.bool(), not bool(mask.all())
+        self._lengths, self._retired = past.lengths, torch.zeros_like(past.lengths, dtype=torch.bool)
+
+    @property
+    def mask(self) -> Tensor:
+        """[R, columns] bool: which columns so far are tokens."""
+        return self._mask
+
+    @property
+    def lengths(self) -> Tensor:
+        """[R] int64: tokens so far, evicted ones included."""
+        return self._lengths
 
     def _full_mask(self, ids: Tensor, given: Tensor | None) -> Tensor:
         columns = self.get_seq_length()

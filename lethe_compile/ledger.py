@@ -34,10 +34,10 @@ class Ledger:
         self.timeline: list[list[float]] = []
         self._pending = 0  # decode steps since the last reading
 
-    def prefill(self, prompts: Counts, held: Counts) -> None:
-        """The first step has fed `prompts` [R] tokens."""
+    def prefill(self, prompts: Counts, held: Counts, retained: Counts | None = None) -> None:
+        """The first step has fed `prompts` [R] tokens; every layer retains them all, if not told otherwise."""
         self.seen, self.held = prompts.copy(), held
-        self.retained = np.tile(prompts, (len(held), 1))
+        self.retained = np.tile(prompts, (len(held), 1)) if retained is None else retained.copy()
         self.retained_sum += self.retained
         self.steps = 1
 

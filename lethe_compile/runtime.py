@@ -20,6 +20,7 @@ from lethe_compile.ledger import Counts, Ledger
 from lethe_compile.memory import allowance, available_bytes
 from lethe_compile.passes.base import PassRecord
 from lethe_compile.passes.program import Program
+from lethe_compile.past import Past
 from lethe_compile.policies import make_policy
 from lethe_compile.policies.base import RoundState
 from lethe_compile.policies.full import FullPolicy
@@ -257,6 +258,39 @@ class OptimizedModel(nn.Module):
         self._ledger.prefill(prompts, self.cache.pages_held())
         self._round(padded > 0)
         return logits if whole else logits[:, 0]
+
+    @torch.no_grad()
+    def adopt(self, past: Past) -> None:
+        """Start a generation from what another cache holds, in place of `begin` and `prefill`.
+
+        What attention went to in the past is not known: its scores begin at zero, and the first round comes after an
+        interval of steps, which will have told.
+        """
+        self.begin(len(past.lengths), past.lengths)
+        padded = _padded(past.lengths.to(self.device), self.cache.rows)
+        prompts = padded.cpu().numpy().astype(np.int64)
+        try:
+            past.fill(self.cache, prompts)
+            self._next_position.copy_(padded)
+            self._ledger.prefill(prompts, self.cache.pages_held(), self.cache.lengths)
+            self._live = (prompts > 0).astype(np.int64)
+            self._until_round = self.config.interval
+            self._reserve(padded > 0)
+        except BaseException:
+            self.end()
+            raise
+
+    @torch.no_grad()
+    def forward_after(self, past: Past, input_ids: Tensor) -> Tensor:
+        """Logits ``[R, T, vocab_size]`` of tokens ``[R, T]`` after a past; a generation under way is untouched."""
+        cache, states = self._new_cache(), States(self.stateful, self._device)
+        rows, tokens = input_ids.shape
+        cache.begin(rows)
+        past.fill(cache, past.lengths.cpu().numpy().astype(np.int64))
+        cache.reserve(tokens)
+        states.begin(rows)
+        positions = past.lengths[:, None] + torch.arange(tokens, device=input_ids.device)
+        return self._run(cache, states, input_ids, positions, torch.full_like(past.lengths, tokens))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, active: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def verify(original: Callable[[Mapping[str, Tensor]], Tensor], fast: OptimizedMo
     limit = min(_LONGEST, fast.max_positions or _LONGEST)
     lengths = sorted({min(limit, 7), min(limit, max([2 * w + 5 for w in windows], default=19))})
     generator = torch.Generator().manual_seed(0)
-    least = _QUANTISED if _quantises_activations(fast) else 0.0
+    least = rounding(fast)
     samples = [_tokens(fast.vocab_size, length, generator).to(fast.device) for length in lengths]
     with fast.interpreted():
         if fast.device.type == "cuda":
@@ -50,6 +50,11 @@ def _compile_kernels(fast: OptimizedModel, samples: list[Tensor]) -> None:
             fast(ids)
             if ids.shape[1] > _DECODED:
                 _stepwise(fast, ids)
+
+
+def rounding(fast: OptimizedModel) -> float:
+    """The relative error that the model's own arithmetic explains, beside that of its dtype."""
+    return _QUANTISED if _quantises_activations(fast) else 0.0
 
 
 def _quantises_activations(fast: OptimizedModel) -> bool:
@@ -74,11 +79,11 @@ def _verify_sample(
     if not bool(torch.isfinite(expected).all()):
         raise LetheError(f"the model's own logits are not finite on {length} random tokens: check its weights")
     hint = "please report this model; it is left as it was"
-    _compare(fast(ids), expected, f"{length} tokens at once", hint, least)
+    compare(fast(ids), expected, f"{length} tokens at once", hint, least)
     if length > _DECODED:
         what = f"{length} tokens, {_DECODED} of them step by step"
         hint = "does anything but attention mix tokens: a convolution, a recurrence, a mean over them?"
-        _compare(_stepwise(fast, ids), expected[:, -_DECODED - 1 :], what, hint, least)
+        compare(_stepwise(fast, ids), expected[:, -_DECODED - 1 :], what, hint, least)
 
 
 def _tokens(vocabulary: int, length: int, generator: torch.Generator) -> Tensor:
@@ -106,7 +111,7 @@ def _stepwise(fast: OptimizedModel, ids: Tensor) -> Tensor:
     return torch.stack(logits, dim=1)
 
 
-def _compare(actual: Tensor, expected: Tensor, what: str, hint: str, least: float) -> None:
+def compare(actual: Tensor, expected: Tensor, what: str, hint: str, least: float) -> None:
     """Refuses relative errors above the dtype's tolerance, which is `least` at least."""
     error = float((actual.double() - expected.double()).norm() / expected.double().norm())
     if not error <= max(least, _TOLERANCE.get(expected.dtype, 1e-3)):  # also when it is NaN

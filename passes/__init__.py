@@ -10,17 +10,23 @@ from lethe_compile.passes.fuse_projections import FuseProjections
 from lethe_compile.passes.insert_attention import InsertAttention
 from lethe_compile.passes.insert_state import InsertState
 from lethe_compile.passes.locate_attention import LocateAttention
+from lethe_compile.passes.locate_cache import LocateCache
 from lethe_compile.passes.normalize import Normalize
 from lethe_compile.passes.rewrite_positions import RewritePositions
 
 
-def pipeline(decay: float | None, peak: bool = False, *, fuse: bool = False) -> tuple[Pass, ...]:
+def pipeline(
+    decay: float | None, peak: bool = False, *, fuse: bool = False, own_cache: bool = False
+) -> tuple[Pass, ...]:
     """Every pass from a captured graph to one that attends over the cache; `decay` and `peak` as `InsertAttention`.
 
-    `fuse` adds what only pays where memory bandwidth is the limit: a GPU.
+    `own_cache` is for a decode step that carries a cache, `Program.step`. `fuse` adds what only pays where memory
+    bandwidth is the limit: a GPU.
     """
+    first: tuple[Pass, ...] = (LocateCache(),) if own_cache else ()
     fusions: tuple[Pass, ...] = (FuseProjections(),) if fuse else ()
     return (
+        *first,
         Normalize(),
         LocateAttention(),
         FoldRepeatKV(),

@@ -30,10 +30,11 @@ def vocab_size(program: Program) -> int:
 def max_positions(program: Program, config: Any = None) -> int | None:
     """Tokens that a sequence may have: None without a limit.
 
-    The least of the rows of learned position tables, of the sizes of stored masks, and of what a Hugging Face `config`
-    says.
+    The least of the rows of learned position tables, of the sizes of stored masks, of the room in a static cache of the
+    graph's own, and of what a Hugging Face `config` says.
     """
     limits = [*_position_tables(program), *(s.mask.longest for s in program.sites if s.mask and s.mask.longest)]
+    limits += [program.longest] if program.longest is not None else []
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     stated = getattr(text, "max_position_embeddings", None)
     return min([*limits, *([stated] if isinstance(stated, int) else [])], default=None)

@@ -17,6 +17,7 @@ from lethe_compile.passes.program import (
     operand,
     remove_dead,
     same_size,
+    same_sizes,
     shape_of,
 )
 
@@ -60,20 +61,26 @@ class Normalize:
 
     def run(self, program: Program) -> PassResult:
         graph = program.graph
-        notes = _inline_regions(program.module)
-        for node in list(graph.nodes):
-            if node.op == "call_module" or is_call(node, *_ASSERTIONS):  # a module is torch.export's input guards
-                graph.erase_node(node)
-            elif (source := _identity(node)) is not None:
-                node.replace_all_uses_with(source)
-                graph.erase_node(node)
-            elif is_call(node, *_VIEWS):
-                node.target = aten.reshape.default
+        notes = tidy(program.module)
         _unify_sizes(program)
         if dead := remove_dead(graph):
             notes.append(Note(graph.output_node().name, f"{dead} dead nodes dropped"))
         program.module.recompile()
         return PassResult(program, tuple(notes))
+
+
+def tidy(module: fx.GraphModule) -> list[Note]:
+    """Inline regions, strip assertions and identities, and make every view a reshape."""
+    notes, graph = _inline_regions(module), module.graph
+    for node in list(graph.nodes):
+        if node.op == "call_module" or is_call(node, *_ASSERTIONS):  # a module is torch.export's input guards
+            graph.erase_node(node)
+        elif (source := _identity(node)) is not None:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+        elif is_call(node, *_VIEWS):
+            node.target = aten.reshape.default
+    return notes
 
 
 def _identity(node: fx.Node) -> fx.Node | None:
@@ -85,6 +92,10 @@ def _identity(node: fx.Node) -> fx.Node | None:
         return source
     if is_call(node, aten.dropout) and (argument(node, 2, "train") is False or argument(node, 1, "p") == 0):
         return source
+    if is_call(node, aten.copy):
+        source = argument(node, 1, "src")
+        same = same_sizes(shape_of(node), shape_of(source)) and node.meta["val"].dtype == source.meta["val"].dtype
+        return source if same else None
     if is_call(node, *_CONVERSIONS):
         before, after = source.meta.get("val"), node.meta.get("val")
         if isinstance(before, Tensor) and isinstance(after, Tensor):

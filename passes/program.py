@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,6 +75,29 @@ class Site:
 
 
 @dataclass(frozen=True)
+class State:
+    """A value that a decode step takes from the step before: `node` is an input of the graph, `after` its new value."""
+
+    name: str  # as the model calls it
+    node: fx.Node
+    after: fx.Node
+    counts: bool = False  # how many tokens there were, instead of keys or values
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the inputs of a decode step mean, and how its state goes on. Its graph returns logits and new states."""
+
+    roles: Mapping[fx.Node, str]  # "input_ids" | "position" | "attention_mask"
+    states: tuple[State, ...]
+    least: int = 0  # tokens that must be before it, as guards of torch.compile say; see `complete_step`
+
+    @property
+    def caches(self) -> tuple[State, ...]:
+        return tuple(state for state in self.states if not state.counts)
+
+
+@dataclass(frozen=True)
 class Program:
     """A decoder graph ``(placeholders) -> logits [B, T, vocab]`` between two passes, free of writes.
 
@@ -82,12 +105,16 @@ class Program:
     takes them. After insertion the inputs are `input_ids`, `positions`, `new_lengths`, the cache's tensors, which the
     cached op alone writes, the state of stateful modules, which `lethe::recurrent` alone writes, and `seen`, the
     positions so far, where masks depend on the content.
+
+    A graph with a cache of its own comes from its capture with `step`, and locate-cache makes it one of sequences.
     """
 
     module: fx.GraphModule
     expected_layers: int | None = None  # attentions that the model was seen to run, where that is known
     sites: tuple[Site, ...] = ()
     stateful: tuple[StatefulCall, ...] = ()  # the calls behind `recurrent_site` nodes, later `lethe::recurrent`
+    step: Step | None = None
+    longest: int | None = None  # tokens that the cache of the captured graph had room for
 
     @property
     def graph(self) -> fx.Graph:

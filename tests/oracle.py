@@ -19,6 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import lethe_compile as lethe
 from lethe_compile.models.plain_decoder import PlainDecoder
+from lethe_compile.models.static_decoder import StaticDecoder
 from lethe_compile.runtime import Round
 
 PRUNING = {
@@ -87,8 +88,8 @@ def hidden_in_sdpa(recorder: Recorder, row: int) -> Iterator[None]:
     """The n-th scaled_dot_product_attention of a forward hides what was evicted from layer n."""
     calls = iter(range(10_000))
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        tokens = q.shape[2]
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        tokens, mask = q.shape[2], attn_mask
         causal = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril() if mask is None else mask
         visible = causal & recorder.visible(next(calls), row, tokens, q.device)
         return (q @ k.mT * q.shape[3] ** -0.5).masked_fill(~visible, -torch.inf).softmax(-1) @ v
@@ -116,23 +117,37 @@ def generate(
 @torch.no_grad()
 def replay(model: Any, ids: Tensor, recorder: Recorder, row: int) -> tuple[Tensor, Tensor]:
     """Logits [T, vocab] of the original over one row's `ids` [1, T]: evicted tokens hidden, and nothing hidden."""
-    if isinstance(model, PlainDecoder):
+    if isinstance(model, (PlainDecoder, StaticDecoder)):
         with hidden_in_sdpa(recorder, row):
-            replayed: Tensor = model(ids)[0]
-        return replayed, model(ids)[0]
+            replayed: Tensor = _whole(model, ids)
+        return replayed, _whole(model, ids)
     with hidden_in_transformers(recorder, row):
         replayed = model(ids).logits[0]
     return replayed, model(ids).logits[0]
 
 
+def _whole(model: PlainDecoder | StaticDecoder, ids: Tensor) -> Tensor:
+    if isinstance(model, PlainDecoder):
+        return model(ids)[0]  # type: ignore[no-any-return]
+    model.setup_caches(1, ids.shape[1])  # as many slots as tokens: a mask of the tokens alone
+    return model(ids, torch.arange(ids.shape[1], device=ids.device))[0]  # type: ignore[no-any-return]
+
+
 def assert_original_agrees(
-    model: Any, config: lethe.LetheConfig, *, tolerance: float, evictions_show: bool, backend: str = "auto"
+    model: Any,
+    config: lethe.LetheConfig,
+    *,
+    tolerance: float,
+    evictions_show: bool,
+    backend: str = "auto",
+    step: Any = None,
 ) -> None:
     """Generates from `model` pruned by `config`, and replays every row.
 
-    With `evictions_show` the evictions must change the logits too: without that, agreement proves little.
+    With `evictions_show` the evictions must change the logits too: without that, agreement proves little. With `step`,
+    a decode step of the model that was captured with a cache of its own, that is what is optimized.
     """
-    fast, out, recorder, prompts = generate(model, config, backend=backend)
+    fast, out, recorder, prompts = generate(model if step is None else step, config, backend=backend)
     rounds = fast.cache_stats().rounds
     assert all(min(layer) >= 2 for layer in rounds), "every layer and row must have been pruned repeatedly"
     logits = torch.stack(out.logits, dim=1)  # [rows, new, vocab]

@@ -539,6 +539,37 @@ def test_the_limit_is_the_most_that_leaves_room(contiguous: bool) -> None:
         shadow.cache.limit([900, 0])
 
 
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_tokens_from_elsewhere_are_packed_in_order(contiguous: bool) -> None:
+    """Left-padded rows, and a layer whose window has cut one of them."""
+    cache = KVCache(
+        [WIDE, NARROW], page_size=2, dtype=torch.float32, device="cpu", contiguous=contiguous, max_bytes=None
+    )
+    cache.begin(3)  # the third row stays empty
+    cache.reserve_rows([4, 5, 0])
+    positions = [torch.tensor([[-1, 0, 1, 2, 3], [0, 1, 2, 3, 4]]), torch.tensor([[2, 3], [3, 4]])]
+    given = []
+    for layer, (geometry, position) in enumerate(zip((WIDE, NARROW), positions, strict=True)):
+        heads, slots = geometry.num_kv_heads, position.shape[1]
+        given.append([torch.randn(2, heads, slots, size) for size in (geometry.k_dim, geometry.v_dim)])
+        cache.load(layer, *given[layer], position)
+    assert cache.length.tolist() == cache.lengths.tolist() == [[4, 5, 0], [2, 2, 0]]
+    mass, stored, _ = cache.scores()
+    assert not mass.any()
+    state = cache.inputs()
+    for layer, position in enumerate(positions):
+        for row in range(2):
+            real = position[row] >= 0
+            held = int(real.sum())
+            assert stored[layer, row, :held].tolist() == position[row, real].tolist()
+            for name, tensor in zip(("k_pages", "v_pages"), given[layer], strict=True):
+                pages = state[f"{name}_{layer}"][state["page_table"][layer, row].long()]  # [pages, heads, page, size]
+                packed = pages.transpose(0, 1).flatten(1, 2)[:, :held]
+                assert torch.equal(packed, tensor[row][:, real])
+    with pytest.raises(InputError, match="fewer were reserved"):
+        cache.load(0, torch.zeros(3, 2, 4, 3), torch.zeros(3, 2, 4, 5), torch.arange(4).expand(3, 4))
+
+
 def test_geometry_counts_keys_and_values_only() -> None:
     assert Geometry(8, 128, 128).bytes_per_token(torch.bfloat16) == 4096
     assert Geometry(1, 576, 512).bytes_per_token(torch.float32) == 4352

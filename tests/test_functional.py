@@ -132,3 +132,32 @@ def of_an_expansion(x: Tensor) -> Tensor:
 def test_other_writes_are_left_to_torch(function: Callable[[Tensor], Tensor], reason: str) -> None:
     with pytest.raises(NotLocal, match=reason):
         functionalize(exported(function).graph)
+
+
+def test_writes_to_inputs_and_buffers_come_last() -> None:
+    """With `state`, one copy at the end to each that is written, through views and several times too."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("sums", torch.zeros(3, 6))
+
+        def forward(self, x: Tensor, past: Tensor) -> Tensor:
+            self.get_buffer("sums")[:, 1:].add_(x[:, 1:])
+            seen = self.get_buffer("sums") * 2
+            past.index_copy_(0, torch.tensor([1]), x[:1])
+            self.get_buffer("sums").mul_(past)
+            return seen + past
+
+    x, past = torch.randn(3, 6), torch.randn(3, 6)
+    module = torch.export.export(Model(), (x, past.clone()), strict=False).module(check_guards=False)
+    functionalize(module.graph, state=True)
+    module.recompile()
+    calls = [n for n in module.graph.nodes if n.op == "call_function"]
+    assert [n.args[0].op for n in calls[-2:] if list(written(n))] == ["get_attr", "placeholder"]
+    assert not any(list(written(n)) for n in calls[:-2])
+    original, expected, given = Model(), past.clone(), past.clone()
+    for _ in range(2):
+        torch.testing.assert_close(module(x, given), original(x, expected))
+        torch.testing.assert_close(given, expected)
+    torch.testing.assert_close(module.get_buffer("sums"), original.get_buffer("sums"))

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"name one model, not {len(options.model)}, or all architectures with --matrix")
     config = LetheConfig()
     rule = (config.decay, config.score == "peak")
-    names = [step.name for step in pipeline(*rule, fuse=True)]
+    names = [step.name for step in pipeline(*rule, fuse=True, own_cache=True)]
     if options.print_after is not None and options.print_after not in names:
         raise InputError(f"no pass is called {options.print_after!r}; there are {', '.join(names)}")
 
@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(program.graph)
 
     captured = capture(_models.load_model(options.model[0]))
-    passes = pipeline(*rule, fuse=captured.program.device.type == "cuda")
+    own_cache = captured.program.step is not None
+    passes = pipeline(*rule, fuse=captured.program.device.type == "cuda", own_cache=own_cache)
     result = run_pipeline(captured.program, passes, observe)
     site = result.program.sites[0]
     device = result.program.input_ids.meta["val"].device

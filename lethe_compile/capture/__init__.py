@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lethe_compile.capture.graph import (
     EXAMPLE_TOKENS,
@@ -24,6 +24,8 @@ from lethe_compile.capture.graph import (
 )
 from lethe_compile.capture.peft import capture_peft, peft_base
 from lethe_compile.capture.quantized import exportable, is_finite, plain_tensors
+from lethe_compile.capture.step import capture_step, is_step
+from lethe_compile.capture.step_module import bind_weights, capture_step_module, is_lifted
 from lethe_compile.capture.transformers import capture_transformers
 from lethe_compile.errors import InputError
 
@@ -87,6 +89,8 @@ def check_weights(model: nn.Module) -> None:
 
 
 def _capture_program(exported: torch.export.ExportedProgram) -> Captured:
+    if is_step(exported):
+        return capture_step(exported)
     module = exported.module(check_guards=False)
     names = [str(n.target) for n in module.graph.nodes if n.op == "placeholder"]
     leaves, structure = tree_flatten(exported.example_inputs)
@@ -102,6 +106,11 @@ def _capture_program(exported: torch.export.ExportedProgram) -> Captured:
 
 
 def _capture_module(model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] | None) -> Captured:
+    if isinstance(model, fx.GraphModule) and isinstance(example_inputs, Sequence) and is_lifted(model):
+        model, example_inputs = bind_weights(model, example_inputs)
+    step = capture_step_module(model, _parameters(model), _by_name(model, example_inputs))
+    if step is not None:
+        return step
     example = _example(model, example_inputs)
     roles = roles_of(example)
     program = to_program(export(model, example), roles)
@@ -113,19 +122,45 @@ def _capture_module(model: nn.Module, example_inputs: Sequence[Any] | Mapping[st
     return Captured(program, original)
 
 
+def _parameters(model: nn.Module) -> list[str]:
+    """The names of the arguments of a module."""
+    if isinstance(model, fx.GraphModule):
+        return [str(n.target) for n in model.graph.nodes if n.op == "placeholder"]
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _by_name(model: nn.Module, given: Sequence[Any] | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Example arguments by name. Of a graph, whose inputs are flat, what lists and caches among them hold."""
+    names = _parameters(model)
+    if isinstance(given, Mapping) and (set(given) <= set(names) or not isinstance(model, fx.GraphModule)):
+        return dict(given)
+    if given is None:
+        return None
+    values = tree_leaves(_in_order(model, given)) if isinstance(model, fx.GraphModule) else list(given)
+    if len(values) > len(names):
+        raise InputError(f"{len(values)} example inputs for a model that takes {len(names)}: {', '.join(names)}")
+    return dict(zip(names, values, strict=False))
+
+
+def _in_order(module: fx.GraphModule, given: Sequence[Any] | Mapping[str, Any]) -> Sequence[Any]:
+    """Arguments in the order in which the graph was made to take them, as torch.export writes it down."""
+    signature = getattr(module.graph._codegen, "pytree_info", None)
+    if not isinstance(given, Mapping):
+        return given
+    order = [] if signature is None else [name for name in signature.orig_args if name in given]
+    if len(order) < len(given):
+        unknown = ", ".join(sorted({*given} - {*order}))
+        raise InputError(f"the graph has no inputs {unknown} to take example inputs for")
+    return [given[name] for name in order]
+
+
 def _example(model: nn.Module, given: Sequence[Any] | Mapping[str, Any] | None) -> dict[str, Any]:
     """Example arguments by parameter name: those given, or made up for parameters whose names are known."""
-    if isinstance(model, fx.GraphModule):
-        names = [str(n.target) for n in model.graph.nodes if n.op == "placeholder"]
-    else:
-        parameters = inspect.signature(model.forward).parameters.values()
-        names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if isinstance(given, Mapping):
-        return dict(given)
-    if given is not None:
-        if len(given) > len(names):
-            raise InputError(f"{len(given)} example inputs for a model that takes {len(names)}: {', '.join(names)}")
-        return dict(zip(names, given, strict=False))
+    known = _by_name(model, given)
+    if known is not None:
+        return known
+    names = _parameters(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     ids = example_ids(device)
     example = dict.fromkeys(names[:1], ids)

@@ -26,16 +26,18 @@ class NotLocal(Exception):
     """A write that this rewrite cannot express; the message says which."""
 
 
-def functionalize(graph: fx.Graph) -> None:
+def functionalize(graph: fx.Graph, *, state: bool = False) -> None:
     """Replace every ``op_(x, …)`` on an intermediate tensor by ``op(x, …)``, and what aliases x by views of the result.
 
     before => after: ``v = slice(x, …); add_(v, 1); y = f(x)``  =>  ``x1 = slice_scatter(x, add(v, 1), …); y = f(x1)``
 
-    Which tensors alias is read off the storages that the export recorded. The graph is half rewritten when this raises.
+    With `state` an input or a buffer may be written too: what becomes of it is copied to it at the graph's end. Which
+    tensors alias is read off the storages that the export recorded. The graph is half rewritten when this raises.
 
     Raises:
         NotLocal: the target is an input or a buffer, or a view of a kind that cannot be written through.
     """
+    ends: dict[fx.Node, fx.Node] = {}  # of inputs and buffers, their last values
     for node in list(graph.nodes):
         if is_call(node, aten.detach_):  # writes no value
             node.target = aten.detach.default
@@ -43,13 +45,16 @@ def functionalize(graph: fx.Graph) -> None:
         if targets:
             if len(targets) != 1 or targets[0] is not node.args[0]:
                 raise NotLocal(f"{node.target} writes {len(targets)} operands")
-            _replace(graph, node, targets[0])
+            _replace(graph, node, targets[0], ends, state)
+    with graph.inserting_before(graph.output_node()):
+        for base, value in ends.items():
+            graph.call_function(aten.copy_.default, (base, value))
 
 
-def _replace(graph: fx.Graph, write: fx.Node, target: fx.Node) -> None:
+def _replace(graph: fx.Graph, write: fx.Node, target: fx.Node, ends: dict[fx.Node, fx.Node], state: bool) -> None:
     chain = _views(target)  # from the target up to the tensor that owns the storage
     base = chain[-1]
-    if base.op != "call_function":
+    if base.op != "call_function" and not state:
         raise NotLocal(f"'{write.name}' writes '{base.name}', which is no intermediate tensor")
     order = {node: index for index, node in enumerate(graph.nodes)}
     aliases = [n for n in graph.nodes if n is not base and _storage(n) == _storage(base)]
@@ -58,6 +63,9 @@ def _replace(graph: fx.Graph, write: fx.Node, target: fx.Node) -> None:
         value = _call(graph, _functional(write), write.args, write.kwargs)
         for view, parent in pairwise(chain):
             value = _scattered(graph, value, view, parent)
+        owner = next((node for node, end in ends.items() if end is base), base)
+        if owner.op != "call_function":
+            ends[owner] = value
         renewed = {base: value}
         for alias in (*before, write):
             later = [user for user in alias.users if order.get(user, -1) > order[write]]
@@ -71,6 +79,8 @@ def _replace(graph: fx.Graph, write: fx.Node, target: fx.Node) -> None:
     graph.erase_node(write)
     for node in aliases:  # what follows shows the new storage
         if order[node] > order[write]:
+            if node.op != "call_function":
+                raise NotLocal(f"'{node.name}' shares memory with '{base.name}'")
             node.meta["val"] = _value(node.target, node.args, node.kwargs)
 
 

@@ -39,6 +39,9 @@ class Captured:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the time of a capture: dropout is no part of a decoder."""
+    if getattr(type(model), "eval", None) is not getattr(model.eval, "__func__", None):
+        yield  # a module of an ExportedProgram: its mode is fixed, and it refuses to be told
+        return
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -130,7 +133,7 @@ def to_program(
     Raises:
         UnsupportedGraphError: an input is no decoder's or of fixed size, no output is logits, or the model keeps state.
     """
-    module = _functional(exported)
+    module = functional(exported)
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
     for node in [n for n in graph.nodes if n.op == "placeholder"]:
@@ -147,8 +150,8 @@ def to_program(
     return Program(fx.GraphModule(module, graph), expected_layers)  # without the hooks that check the old signature
 
 
-def _functional(exported: torch.export.ExportedProgram) -> fx.GraphModule:
-    """Without writes to intermediate tensors, and with autocast written out."""
+def functional(exported: torch.export.ExportedProgram, *, state: bool = False) -> fx.GraphModule:
+    """Without writes to intermediate tensors, and with autocast written out; with `state`, others all at the end."""
     graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
     calls = [n for g in graphs for n in g.nodes]
     if any(is_call(n, _AUTOCAST) and argument(n, 2, "enabled") for n in calls):
@@ -156,7 +159,7 @@ def _functional(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     module = _module(exported)
     try:
         for part in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
-            functionalize(part.graph)
+            functionalize(part.graph, state=state and part is module)
     except NotLocal as reason:
         _log.info("decomposing, which takes long: %s", reason)
         return _module(exported.run_decompositions({}))
