@@ -265,13 +265,18 @@ class OptimizedModel(nn.Module):
 
         What attention went to in the past is not known: its scores begin at zero, and the first round comes after an
         interval of steps, which will have told.
+
+        Raises:
+            InputError: masks read more of earlier tokens than a past holds.
         """
+        self._check_past()
         self.begin(len(past.lengths), past.lengths)
         padded = _padded(past.lengths.to(self.device), self.cache.rows)
         prompts = padded.cpu().numpy().astype(np.int64)
         try:
             past.fill(self.cache, prompts)
             self._next_position.copy_(padded)
+            self._furthest = int(prompts.max(initial=0))
             self._ledger.prefill(prompts, self.cache.pages_held(), self.cache.lengths)
             self._live = (prompts > 0).astype(np.int64)
             self._until_round = self.config.interval
@@ -282,7 +287,12 @@ class OptimizedModel(nn.Module):
 
     @torch.no_grad()
     def forward_after(self, past: Past, input_ids: Tensor) -> Tensor:
-        """Logits ``[R, T, vocab_size]`` of tokens ``[R, T]`` after a past; a generation under way is untouched."""
+        """Logits ``[R, T, vocab_size]`` of tokens ``[R, T]`` after a past; a generation under way is untouched.
+
+        Raises:
+            InputError: masks read more of earlier tokens than a past holds.
+        """
+        self._check_past()
         cache, states = self._new_cache(), States(self.stateful, self._device)
         rows, tokens = input_ids.shape
         cache.begin(rows)
@@ -290,7 +300,16 @@ class OptimizedModel(nn.Module):
         cache.reserve(tokens)
         states.begin(rows)
         positions = past.lengths[:, None] + torch.arange(tokens, device=input_ids.device)
-        return self._run(cache, states, input_ids, positions, torch.full_like(past.lengths, tokens))
+        furthest = int(past.lengths.max()) + tokens
+        return self._run(cache, states, input_ids, positions, torch.full_like(past.lengths, tokens), furthest)
+
+    def _check_past(self) -> None:
+        layers = [site.layer for site in self.sites if site.columns]
+        if layers:
+            raise InputError(
+                f"the masks of layers {layers} read more of earlier tokens than keys and values, which a cache from"
+                " elsewhere does not hold: generate from the prompt"
+            )
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, active: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lethe_compile.errors import InputError, UnsupportedGraphError
 from lethe_compile.passes.program import COLUMNS_OP, VISIBLE_OP, shape_of
+from lethe_compile.past import Past
 from tests.passes.toy import HEAD_DIM, WIDTH, Attend, Toy, assert_computes_the_same, causal, optimized, program_after
 
 KEPT = 5
@@ -159,6 +160,17 @@ def test_positions_must_tell_tokens_apart() -> None:
     positions[1, 4] = 3
     with pytest.raises(InputError, match="position_ids must increase"):
         fast(ids, position_ids=positions)
+
+
+def test_another_cache_does_not_hold_what_masks_read() -> None:
+    fast = optimized(Toy(indexed))
+    past = Past(
+        [torch.zeros(1, 2, 4, HEAD_DIM)], [torch.zeros(1, 2, 4, HEAD_DIM)], [torch.arange(4)[None]], torch.tensor([4])
+    )
+    with pytest.raises(InputError, match=r"layers \[0\] read more of earlier tokens"):
+        fast.forward_after(past, torch.zeros(1, 1, dtype=torch.int64))
+    with pytest.raises(InputError, match="generate from the prompt"):
+        fast.adopt(past)
 
 
 def test_a_graph_without_such_masks_is_left_alone() -> None:
