@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from lethe_compile.passes import pipeline
 from lethe_compile.passes.base import run_pipeline
 from lethe_compile.passes.insert_attention import InsertAttention
 from lethe_compile.passes.program import CACHED_OP, SITE_OP, shape_of
-from tests.passes.toy import Toy, causal, program_after
+from tests.passes.toy import Toy, causal, optimized, program_after
 
 
 def narrow(toy: Toy, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -42,15 +44,16 @@ def test_an_unproved_mask_is_refused() -> None:
     assert refused.value.layer == 0
 
 
-class Pooling(nn.Module):
-    """Reads the padding mask outside of attention: its embeddings are scaled by it."""
+class Padded(nn.Module):
+    """Reads the padding mask outside of attention: its embeddings are multiplied by what `factor` makes of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, factor: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.decoder = tiny("llama", num_hidden_layers=1)
+        self.decoder, self.factor = tiny("llama", num_hidden_layers=1), factor
+        self.decoder.set_attn_implementation("sdpa")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        embedded = self.decoder.get_input_embeddings()(input_ids) * attention_mask[..., None]
+        embedded = self.decoder.get_input_embeddings()(input_ids) * self.factor(attention_mask)
         positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         logits: Tensor = self.decoder(
             inputs_embeds=embedded, attention_mask=attention_mask, position_ids=positions, use_cache=False
@@ -58,10 +61,22 @@ class Pooling(nn.Module):
         return logits
 
 
-def test_another_use_of_the_padding_mask_is_refused() -> None:
-    model = Pooling()
-    model.decoder.set_attn_implementation("sdpa")
-    with pytest.raises(
-        UnsupportedGraphError, match=r"attention_mask is read by 'unsqueeze.*, which is no attention mask"
-    ):
-        run_pipeline(capture(model).program, pipeline(None))
+def test_what_else_reads_the_padding_mask_finds_real_tokens() -> None:
+    model = Padded(lambda mask: mask[..., None])
+    fast = optimized(model)
+    ids = torch.randint(90, (2, 7))
+    mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
+    with torch.no_grad():
+        torch.testing.assert_close(fast(ids), model(ids, torch.ones_like(ids)), rtol=1e-4, atol=1e-5)
+        alone = model(ids[1:, 3:], torch.ones(1, 4, dtype=torch.int64))
+    torch.testing.assert_close(fast(ids, attention_mask=mask)[1:, 3:], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [lambda mask: mask.cumsum(1)[..., None], lambda mask: mask.sum(1)[:, None, None]],
+    ids=["numbers", "counts"],
+)
+def test_what_counts_the_padding_mask_is_refused(factor: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(UnsupportedGraphError, match="depends on the number of tokens and is not their positions"):
+        run_pipeline(capture(Padded(factor)).program, pipeline(None))
