@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lethe_compile.capture import capture
+from lethe_compile.capture.causality import causality_told
 from lethe_compile.config import LetheConfig
 from lethe_compile.executor import choose_backend
 from lethe_compile.memory import check_kv_memory
@@ -65,7 +66,8 @@ def optimize(
     captured = capture(model, example_inputs)
     device = captured.program.device
     chosen = choose_backend(backend, device, stateful=bool(captured.program.stateful))
-    result = run_pipeline(captured.program, pipeline(rule.decay, rule.peak, fuse=device.type == "cuda"))
+    with causality_told(captured.original, device):
+        result = run_pipeline(captured.program, pipeline(rule.decay, rule.peak, fuse=device.type == "cuda"))
     fast = OptimizedModel(
         result.program,
         config,
@@ -77,6 +79,7 @@ def optimize(
         backend=chosen,
     )
     if verified:
-        verify(captured.original, fast)
+        with causality_told(captured.original, device):
+            verify(captured.original, fast)
     fast.kv_memory = kv_memory  # from here on: what is verified holds next to nothing
     return fast.eval()

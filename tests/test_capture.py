@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 import lethe_compile as lethe
 from lethe_compile.capture import capture
 from lethe_compile.errors import InputError, UnsupportedGraphError
+from lethe_compile.models.architectures import build
 from lethe_compile.models.plain_decoder import PlainDecoder, plain
 from lethe_compile.models.tiny import tiny
 
@@ -225,6 +227,18 @@ def last_logits() -> nn.Module:
     return Last().eval()
 
 
+class Averaged(PlainDecoder):
+    """Each token is joined by the mean of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eval()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = super().forward(tokens)
+        return logits + logits.mean(1, keepdim=True)
+
+
 def unknown_input() -> nn.Module:
     class Tempered(PlainDecoder):
         def forward(self, tokens: Tensor, temperature: Tensor) -> Tensor:
@@ -236,7 +250,10 @@ def unknown_input() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (masked_language_model, "not causal"),
+        (masked_language_model, r"the model is not causal: later tokens .*its attention is not causal: a query sees"),
+        (partial(build, "cpmant"), r"the model is not causal: later tokens .*cannot be exported"),
+        (Averaged, r"the model is not causal: later tokens .*computes something else"),
+        (partial(build, "xlm"), r"XLMWithLMHeadModel 10 tokens where the text has 9, and predicts in the place of one"),
         (encoder, "BertModel gives no logits"),
         (encoder_decoder, "T5ForConditionalGeneration is an encoder-decoder"),
         (recurrent, "no attention was found|cannot be exported"),
