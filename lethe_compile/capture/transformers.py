@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from lethe_compile.capture.causality import causality_told
 from lethe_compile.capture.graph import EXAMPLE_TOKENS, ROLES, Captured, evaluating, example_ids, export, to_program
 from lethe_compile.capture.patches import patched
+from lethe_compile.capture.rope import rope_captured
 from lethe_compile.capture.softmaxes import attentions
 from lethe_compile.capture.stateful import find_stateful, stateful_captured
 from lethe_compile.errors import UnsupportedGraphError
@@ -47,10 +48,10 @@ def capture_transformers(model: Any) -> Captured:
 
     with causality_told(original, ids.device):
         _refuse_added_tokens(model, ids)
-        with _eager_attention(model):
+        with _eager_attention(model), rope_captured(model):
             found = find_stateful(model, wrapped.with_cache)
             expected = attentions(wrapped.on_ids, ids.new_ones(2, _COUNTED)) or None
-        with _attention_captured(model), stateful_captured(found), patched():
+        with _attention_captured(model), stateful_captured(found), rope_captured(model), patched():
             exported = export(wrapped, example)
     program = to_program(exported, {role: role for role in ROLES}, expected)
     program = replace(program, stateful=tuple(site.call for site in found.sites))

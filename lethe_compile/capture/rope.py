@@ -1,0 +1,92 @@
+"""Rotary frequencies that follow the length of the sequence, without the state that transformers keeps of it.
+
+`dynamic_rope_update` compares the greatest position with a length in Python, which no export can follow, and stores the
+frequencies that it chooses on the module. In their place, for the time of a capture, both are computed and one is
+chosen by `torch.where`. As there, the longest row of a batch decides for all.
+
+====================  ======================================================================  =========================
+rope type             beyond the original length                                              else
+====================  ======================================================================  =========================
+longrope              the frequencies of the long factors                                     those of the short factors
+dynamic               those of a base that grows with the length, anew at every step          those of the plain base
+====================  ======================================================================  =========================
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def rope_captured(model: nn.Module) -> Iterator[None]:
+    """In this context rotary embeddings of `model` that follow the length compute their frequencies in every call."""
+    own = {module: vars(module).get("forward") for module in model.modules() if _follows_length(module)}
+    try:
+        for module in own:
+            module.forward = _stateless(module)
+        yield
+    finally:
+        for module, forward in own.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _follows_length(module: nn.Module) -> bool:
+    kinds = getattr(module, "rope_type", None)
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return any(_is_dynamic(kind) or kind == "longrope" for kind in kinds) and _is_updated(type(module).forward)
+
+
+def _is_dynamic(kind: Any) -> bool:
+    return isinstance(kind, str) and "dynamic" in kind
+
+
+def _is_updated(forward: Any) -> bool:
+    """Whether `dynamic_rope_update` is among the decorators of a forward."""
+    helpers = sys.modules.get("transformers.modeling_rope_utils")
+    while forward is not None:
+        if helpers is not None and getattr(forward, "__globals__", None) is vars(helpers):
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
+
+
+def _stateless(module: Any) -> Callable[..., Any]:
+    def forward(x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        prefix = "" if layer_type is None else f"{layer_type}_"
+        options = {} if layer_type is None else {"layer_type": layer_type}
+        chosen = copy.copy(module)
+        chosen._buffers = {**module._buffers, f"{prefix}inv_freq": _frequencies(module, x, position_ids, layer_type)}
+        with torch.no_grad():
+            return inspect.unwrap(type(module).forward)(chosen, x, position_ids, **options)
+
+    return forward
+
+
+def _frequencies(module: Any, x: Tensor, position_ids: Tensor, layer_type: str | None) -> Tensor:
+    """The inverse frequencies of one call."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    kind = module.rope_type if layer_type is None else module.rope_type[layer_type]
+    original: Tensor = getattr(module, f"{prefix}original_inv_freq").to(x.device)
+    tokens = position_ids.max() + 1
+    if _is_dynamic(kind):
+        limit, length = module.original_max_seq_len, tokens
+    elif kind == "longrope":
+        parameters = module.config.rope_parameters
+        limit = (parameters if layer_type is None else parameters[layer_type])["original_max_position_embeddings"]
+        length = limit + 1
+    else:
+        return original
+    beyond, _ = ROPE_INIT_FUNCTIONS[kind](module.config, x.device, seq_len=length, layer_type=layer_type)
+    return torch.where(tokens > limit, beyond, original)
