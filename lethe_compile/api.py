@@ -78,6 +78,7 @@ def optimize(
         hf_config=getattr(model, "config", None),
         backend=chosen,
     )
+    fast.restart_at = captured.restart_at
     if verified:
         with causality_told(captured.original, device):
             verify(captured.original, fast)

@@ -25,6 +25,7 @@ from lethe_compile.policies.base import RoundState
 from lethe_compile.policies.full import FullPolicy
 from lethe_compile.prompt import check_ids
 from lethe_compile.report import CacheStats, Report
+from lethe_compile.restart import Text, text_of
 from lethe_compile.states import States
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class OptimizedModel(nn.Module):
         hf_config: the original's transformers config, where it has one.
         give_way: ends the session of `as_hf()` that holds the cache; None while another generation does, or none.
         vocab_size, max_positions: limits on inputs; `max_positions` is None where the model has none.
+        restart_at: tokens beyond which a generation computes all keys and values anew, once, as transformers does where
+            rotary frequencies change with the length; None where they do not.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class OptimizedModel(nn.Module):
         self.generation_config, self.hf_config = generation_config, hf_config
         self.kv_memory: int | float | None = None
         self._allowed_by: int | float | None = None  # the `kv_memory` behind `cache.max_bytes`
+        self.restart_at: int | None = None
         self.on_round: list[Callable[[Round], None]] = []
         self.give_way: Callable[[], object] | None = None
         self._records = records
@@ -227,6 +231,7 @@ class OptimizedModel(nn.Module):
         self._new_tokens = new_tokens
         self._live = np.zeros(len(prompt_lengths), np.int64)  # 1 for a row that may take part in the next steps
         self._ledger = Ledger(len(self.sites), len(prompt_lengths))
+        self._text: Text | None = None
         self._until_round = 0
 
     @torch.no_grad()
@@ -245,6 +250,7 @@ class OptimizedModel(nn.Module):
         self.states.has_previous_state = True
         self._next_position.copy_(padded)
         self._ledger.prefill(prompts, self.cache.pages_held())
+        self._text = text_of(input_ids, int(prompts.max(initial=0)), self.restart_at)
         self._round(padded > 0)
         return logits if whole else logits[:, 0]
 
@@ -254,6 +260,8 @@ class OptimizedModel(nn.Module):
 
         A row that was not active once must not be so again: between rounds the host does not ask.
         """
+        if self._text is not None and self._text.add(tokens.masked_fill(~active, 0), self._next_position[: self._rows]):
+            return self._restart(self._text.ids, active)
         if self._until_round == 0:
             self._round(_padded(active, self.cache.rows))
         self._until_round -= 1
@@ -268,6 +276,27 @@ class OptimizedModel(nn.Module):
             self._next_position += active
         self._ledger.step()
         return logits
+
+    def _restart(self, ids: Tensor, active: Tensor) -> Tensor:
+        """Fill the cache anew from the whole text ``[rows, T]`` of rows that are `active`, as `decode` would go on."""
+        self._observe()
+        lengths = (self._next_position[: self._rows] + 1).masked_fill(~active, 0)
+        filled = _padded(lengths, self.cache.rows)
+        tokens = filled.cpu().numpy().astype(np.int64)
+        self.cache.end()
+        self.states.begin(self.cache.rows)
+        self.policy.begin(len(self.sites), self.cache.rows)
+        self.cache.reserve_rows(tokens)
+        self.cache.assume(tokens)
+        positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
+        last = (lengths - 1).clamp(min=0)
+        logits = self._run(self.cache, self.states, ids, positions, lengths, last).float()
+        self.states.has_previous_state = True
+        self._next_position += filled > 0
+        self._text = None
+        self._ledger.step()
+        self._round(filled > 0)
+        return logits[:, 0]
 
     def end(self) -> None:
         """Give all pages back. Part of `generation.Decoder`."""

@@ -34,6 +34,8 @@ class Captured:
     program: Program
     original: Callable[[Mapping[str, Tensor]], Tensor]
     """Logits ``[B, T, vocab]`` of the unchanged model from inputs by role: input_ids, position_ids, attention_mask."""
+    restart_at: int | None = None
+    """Tokens beyond which transformers' `generate` fills the model's cache anew, once; see `capture.rope`."""
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 `dynamic_rope_update` compares the greatest position with a length in Python, which no export can follow, and stores the
 frequencies that it chooses on the module. In their place, for the time of a capture, both are computed and one is
-chosen by `torch.where`. As there, the longest row of a batch decides for all.
+chosen by `torch.where`. As there, the longest row of a batch decides for all, and keys that are cached stay as they
+are, unless the model's `generate` drops its cache when the frequencies change, as Phi-3's does: `restart_length`.
 
 ====================  ======================================================================  =========================
 rope type             beyond the original length                                              else
@@ -40,10 +41,34 @@ def rope_captured(model: nn.Module) -> Iterator[None]:
                 module.forward = forward
 
 
-def _follows_length(module: nn.Module) -> bool:
+def restart_length(model: Any) -> int | None:
+    """Tokens beyond which transformers' `generate` drops the model's cache, to fill it anew; None if it keeps it.
+
+    (In 5.17 it goes on with the last token alone. `use_cache=False` gives the tokens that it should.)
+    """
+    from transformers.cache_utils import DynamicCache
+
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    limit = parameters.get("original_max_position_embeddings")
+    if limit is None or not any("longrope" in _kinds(module) for module in model.modules()):
+        return None
+    cache = DynamicCache()
+    cache.update(*(torch.zeros(1, 1, limit, 1) for _ in "kv"), 0)
+    ids = torch.ones(1, limit + 1, dtype=torch.int64, device=model.device)
+    given = model.prepare_inputs_for_generation(
+        ids, past_key_values=cache, attention_mask=torch.ones_like(ids), use_cache=True
+    )
+    return int(limit) if given.get("past_key_values") is None else None
+
+
+def _kinds(module: nn.Module) -> list[Any]:
     kinds = getattr(module, "rope_type", None)
-    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
-    return any(_is_dynamic(kind) or kind == "longrope" for kind in kinds) and _is_updated(type(module).forward)
+    return [*kinds.values()] if isinstance(kinds, dict) else [kinds]
+
+
+def _follows_length(module: nn.Module) -> bool:
+    length = any(_is_dynamic(kind) or kind == "longrope" for kind in _kinds(module))
+    return length and _is_updated(type(module).forward)
 
 
 def _is_dynamic(kind: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from lethe_compile.capture.causality import causality_told
 from lethe_compile.capture.graph import EXAMPLE_TOKENS, ROLES, Captured, evaluating, example_ids, export, to_program
 from lethe_compile.capture.patches import patched
-from lethe_compile.capture.rope import rope_captured
+from lethe_compile.capture.rope import restart_length, rope_captured
 from lethe_compile.capture.softmaxes import attentions
 from lethe_compile.capture.stateful import find_stateful, stateful_captured
 from lethe_compile.errors import UnsupportedGraphError
@@ -56,7 +56,7 @@ def capture_transformers(model: Any) -> Captured:
     program = to_program(exported, {role: role for role in ROLES}, expected)
     program = replace(program, stateful=tuple(site.call for site in found.sites))
     _name_from_the_model(program.graph)
-    return Captured(program, original)
+    return Captured(program, original, restart_length(model))
 
 
 def _refuse_added_tokens(model: Any, ids: Tensor) -> None:
