@@ -52,8 +52,8 @@ def restart_length(model: Any) -> int | None:
     limit = parameters.get("original_max_position_embeddings")
     if limit is None or not any("longrope" in _kinds(module) for module in model.modules()):
         return None
-    cache = DynamicCache()
-    cache.update(*(torch.zeros(1, 1, limit, 1) for _ in "kv"), 0)
+    cache, cached = DynamicCache(), torch.zeros(1, 1, limit, 1)
+    cache.update(cached, cached, 0)
     ids = torch.ones(1, limit + 1, dtype=torch.int64, device=model.device)
     given = model.prepare_inputs_for_generation(
         ids, past_key_values=cache, attention_mask=torch.ones_like(ids), use_cache=True
