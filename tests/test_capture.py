@@ -266,6 +266,16 @@ def test_what_is_no_decoder_is_refused(make: Callable[[], nn.Module], reason: st
         lethe.optimize(make())
 
 
+def test_what_cannot_be_exported_names_the_models_line() -> None:
+    class Branching(PlainDecoder):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(tokens) * (2 if tokens.sum() > 7 else 1)
+
+    with pytest.raises(UnsupportedGraphError, match="cannot be exported: GuardOnDataDependent") as refused:
+        capture(Branching().eval())
+    assert "test_capture.py" in str(refused.value.where) and "if tokens.sum() > 7" in str(refused.value.where)
+
+
 def test_an_input_without_a_role_is_refused() -> None:
     ids = torch.ones(2, 9, dtype=torch.int64)
     with pytest.raises(UnsupportedGraphError, match="'temperature' has no known role"):

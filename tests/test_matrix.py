@@ -29,6 +29,7 @@ REFUSED: dict[str, str] = {
     "minimax_m3_vl_text": "its attention takes block_indices",
     "deepseek_v4": "queries meet",
     "blt": "does not run with its own cache",
+    "qwen4_exp_text": "cannot be exported: GuardOnDataDependent",
     "xlm": "predicts in the place of one that it adds",
 }
 
