@@ -81,12 +81,19 @@ def _attention(
     layer: int,
     decay: float | None,
     peak: bool = False,
+    shares: bool = False,
 ) -> Tensor:
-    """Cached attention of one layer; `page_table` and `length` hold all layers: ``[layers, rows, …]``.
+    """Cached attention of one layer; `page_table` and `length` hold all caches: ``[caches, rows, …]``, `layer` is its.
 
-    Other shapes and the effects on the state are those of `kernels.attention.reference.attention`.
+    Other shapes and the effects on the state are those of `kernels.attention.reference.attention`. A layer that
+    `shares` the cache comes after the one that has appended the new tokens: it writes the same to the same slots again,
+    `length` stays, and what it attends to adds to the slots' mass of this step.
     """
-    table, retained = page_table[layer], length[layer]
+    table, retained, mass = page_table[layer], length[layer], slot_mass
+    if shares:
+        retained = retained - new_lengths
+        if decay is not None:
+            mass, decay = torch.zeros_like(slot_mass), 1.0  # faded once, by the layer that came first
     kernel: Callable[..., Tensor] = reference.attention
     if query.is_cpu and cpu.serves(query, k_pages, v_pages, table, retained + new_lengths):
         kernel = cpu.attention
@@ -95,14 +102,14 @@ def _attention(
         from lethe_compile.kernels.prefill import triton as prefill
 
         kernel = decode.attention if query.shape[2] == 1 else prefill.attention
-    return kernel(
+    out = kernel(
         query,
         key,
         value,
         k_pages,
         v_pages,
         slot_position,
-        slot_mass,
+        mass,
         table,
         retained,
         positions,
@@ -116,6 +123,9 @@ def _attention(
         decay=decay,
         peak=peak,
     )
+    if mass is not slot_mass:
+        torch.maximum(slot_mass, mass, out=slot_mass) if peak else slot_mass.add_(mass)
+    return out
 
 
 def _output(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:

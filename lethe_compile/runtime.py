@@ -39,7 +39,7 @@ _ATTEMPTS = 4  # to reserve pages; each but the first after a round that prunes 
 class Round:
     """What one round did to one layer: handed to the callbacks in `OptimizedModel.on_round`."""
 
-    layer: int
+    layer: int  # an attention of the graph; those that share a cache hear of the same
     position: Tensor  # [rows, N] int32 stored positions before the round, -1 beyond a row's length
     keep: Tensor  # [rows, N] bool: what stays
     next_position: Tensor  # [rows] int64: the first position whose query sees the result
@@ -49,6 +49,7 @@ class OptimizedModel(nn.Module):
     """A decoder compiled by `optimize`: same inputs, same outputs, and a cache that is pruned while it generates.
 
     Attributes:
+        sites, caches: the attentions of the graph, and those of them that have a cache of their own.
         graph_module: the rewritten graph; its weights are the original model's own tensors.
         backend: how it runs, and why; see `executor.choose_backend`.
         config: the `LetheConfig` in force.
@@ -80,7 +81,7 @@ class OptimizedModel(nn.Module):
         self.backend = backend
         self._executor = Executor(program, compiled=backend[0] != "eager")
         self._graphs: dict[int, DecodeGraph] = {}  # by rows
-        self.graph_module, self.sites = program.module, program.sites
+        self.graph_module, self.sites, self.caches = program.module, program.sites, program.caches
         self.stateful = program.stateful
         self.stateful_modules = nn.ModuleList(call.module for call in program.stateful)
         self.config, self.policy = config, make_policy(config)
@@ -99,7 +100,7 @@ class OptimizedModel(nn.Module):
         self._page_bytes = np.array(tokens, np.int64)[:, None] * self.page_size  # [layers, 1]
         self.cache, self.states = self._new_cache(), States(self.stateful, self._device)
         self._generating, self._rows = False, 0
-        self.policy.begin(len(self.sites), 0)
+        self.policy.begin(len(self.caches), 0)
         self._reset(torch.zeros(0, dtype=torch.int64))
 
     @property
@@ -183,7 +184,7 @@ class OptimizedModel(nn.Module):
             raise InputError(f"{rows} sequences do not fit: {error}") from error
         self.states.begin(len(prompt_lengths))
         self._generating = True
-        self.policy.begin(len(self.sites), len(prompt_lengths))
+        self.policy.begin(len(self.caches), len(prompt_lengths))
         self._reset(prompt_lengths, new_tokens)
 
     def _bucket(self, rows: int) -> int:
@@ -230,7 +231,7 @@ class OptimizedModel(nn.Module):
             self._next_position = torch.zeros_like(self._prompt_lengths)
         self._new_tokens = new_tokens
         self._live = np.zeros(len(prompt_lengths), np.int64)  # 1 for a row that may take part in the next steps
-        self._ledger = Ledger(len(self.sites), len(prompt_lengths))
+        self._ledger = Ledger(len(self.caches), len(prompt_lengths))
         self._text: Text | None = None
         self._until_round = 0
 
@@ -285,7 +286,7 @@ class OptimizedModel(nn.Module):
         tokens = filled.cpu().numpy().astype(np.int64)
         self.cache.end()
         self.states.begin(self.cache.rows)
-        self.policy.begin(len(self.sites), self.cache.rows)
+        self.policy.begin(len(self.caches), self.cache.rows)
         self.cache.reserve_rows(tokens)
         self.cache.assume(tokens)
         positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
@@ -374,8 +375,8 @@ class OptimizedModel(nn.Module):
 
     def _tell(self, state: RoundState, keep: Tensor) -> None:
         lost = (keep.sum(2) < state.length).any(1).tolist()
-        for layer in [layer for layer, any_lost in enumerate(lost) if any_lost]:
-            event = Round(layer, state.position[layer], keep[layer], state.next_position.clone())
+        for site in [site for site in self.sites if lost[site.cache]]:
+            event = Round(site.layer, state.position[site.cache], keep[site.cache], state.next_position.clone())
             for callback in self.on_round:
                 callback(event)
 
@@ -404,10 +405,10 @@ class OptimizedModel(nn.Module):
 
     @property
     def _windows(self) -> tuple[int | None, ...]:
-        return tuple(site.mask.window if site.mask else None for site in self.sites)
+        return tuple(site.mask.window if site.mask else None for site in self.caches)
 
     def _geometries(self) -> list[Geometry]:
-        return [Geometry(site.kv_heads, site.k_dim, site.v_dim) for site in self.sites]
+        return [Geometry(site.kv_heads, site.k_dim, site.v_dim) for site in self.caches]
 
     def _new_cache(self) -> KVCache:
         return KVCache(self._geometries(), page_size=self.page_size, dtype=self._dtype, device=self._device)

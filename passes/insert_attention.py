@@ -11,7 +11,16 @@ from torch import fx
 from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.passes.base import Note, PassResult, refuse
 from lethe_compile.passes.check import fake_mode_of
-from lethe_compile.passes.program import CACHED_OP, Program, Site, remove_dead, same_size, shape_of, source_of
+from lethe_compile.passes.program import (
+    CACHED_OP,
+    Program,
+    Site,
+    remove_dead,
+    same_size,
+    shape_of,
+    source_of,
+    with_caches,
+)
 from lethe_compile.passes.reading import sizes_of
 from lethe_compile.passes.rewrite_positions import refuse_other_counts
 
@@ -28,8 +37,11 @@ class InsertAttention:
     ``attention(q, k, v, k_pages, v_pages, slot_position, slot_mass, page_table, length, positions, new_lengths, …)``
 
     New inputs: `new_lengths`, for each page pool `k_pages_g`, `v_pages_g`, `slot_position_g`, `slot_mass_g`, and
-    `page_table`, `length` for all layers. The input `attention_mask` goes: what still reads it, such as a factor of
-    hidden states, finds every token real, as those in the cache are. ``attention_mask  =>  ones([batch, tokens])``
+    `page_table`, `length` for all caches. Layers that attend to the same keys and values under the same mask share a
+    cache, to which the first of them appends.
+
+    The input `attention_mask` goes: what still reads it, such as a factor of hidden states, finds every token real, as
+    those in the cache are. ``attention_mask  =>  ones([batch, tokens])``
 
     Conditions: every site's mask is proved; nothing counts the ones; and no matrix of tokens × tokens is left, as it
     would be by an attention that went unrecognised.
@@ -44,14 +56,17 @@ class InsertAttention:
 
     def run(self, program: Program) -> PassResult:
         notes = _drop_padding(program)
-        state = _add_inputs(program)
-        sites = []
         for site in program.sites:
             if site.mask is None:
                 raise refuse("its mask was not classified", program, site.layer)
+        program = replace(program, sites=with_caches(program.sites))
+        state = _add_inputs(program)
+        sites = []
+        for site in program.sites:
             node = _insert(program, site, state, (self.decay, self.peak))
             sites.append(replace(site, node=node))
-            notes.append(Note(node.name, f"cached in pool {site.cache_group}", site.layer))
+            owner = f", the cache of layer {program.caches[site.cache].layer}" if site.shares else ""
+            notes.append(Note(node.name, f"cached in pool {site.cache_group}{owner}", site.layer))
         remove_dead(program.graph)
         _refuse_token_matrices(program)
         program.module.recompile()
@@ -93,7 +108,7 @@ def _drop_padding(program: Program) -> list[Note]:
 
 def _add_inputs(program: Program) -> dict[str, fx.Node]:
     """The new placeholders by name, with example values for shape propagation."""
-    rows, layers = shape_of(program.input_ids)[0], len(program.sites)
+    rows, layers = shape_of(program.input_ids)[0], len(program.caches)
     dtype = program.sites[0].node.meta["val"].dtype
     shapes: dict[str, tuple[tuple[Any, ...], torch.dtype]] = {"new_lengths": ((rows,), torch.int32)}
     for site in program.sites:
@@ -123,7 +138,7 @@ def _insert(program: Program, site: Site, state: dict[str, fx.Node], score: tupl
     group = site.cache_group
     pool = [state[f"{name}_{group}"] for name in ("k_pages", "v_pages", "slot_position", "slot_mass")]
     tables = [state["page_table"], state["length"], program.placeholder("positions"), state["new_lengths"]]
-    options = (sinks, slopes, site.scale, mask.window, mask.chunked, site.softcap, site.layer, *score)
+    options = (sinks, slopes, site.scale, mask.window, mask.chunked, site.softcap, site.cache, *score, site.shares)
     with program.graph.inserting_before(site.node):
         node = program.graph.call_function(CACHED_OP, (query, key, value, *pool, *tables, *options))
     node.meta.update(site.node.meta)
