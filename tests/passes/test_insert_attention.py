@@ -15,7 +15,7 @@ from lethe_compile.passes import pipeline
 from lethe_compile.passes.base import run_pipeline
 from lethe_compile.passes.insert_attention import InsertAttention
 from lethe_compile.passes.program import CACHED_OP, SITE_OP, shape_of
-from tests.passes.toy import Toy, causal, optimized, program_after
+from tests.passes.toy import Toy, assert_computes_the_same, causal, masked, optimized, program_after
 
 
 def narrow(toy: Toy, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -32,9 +32,46 @@ def test_inputs_are_the_cache_and_the_op_alone_writes() -> None:
     assert shapes["k_pages_0"][1::2] == (2, 8) and shapes["k_pages_1"][1::2] == (1, 8)
     assert shapes["page_table"][0] == 3
     calls = [n for n in program.graph.nodes if n.target is CACHED_OP]
-    assert [n.args[-3:] for n in calls] == [(layer, 0.9, True) for layer in range(3)]
+    assert [n.args[-4:] for n in calls] == [(layer, 0.9, True, False) for layer in range(3)]
     assert calls == [s.node for s in program.sites]
     assert not any(n.target is SITE_OP for n in program.graph.nodes)
+
+
+def first(toy: Toy, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    toy.now.key, toy.now.value = key, value
+    return causal(toy, query, key, value)
+
+
+def same(toy: Toy, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return causal(toy, query, toy.now.key, toy.now.value)
+
+
+def same_keys(toy: Toy, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return causal(toy, query, toy.now.key, value)
+
+
+def same_windowed(toy: Toy, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    index = torch.arange(query.shape[2])
+    age = index[:, None] - index
+    return masked(lambda toy, tokens: (age >= 0) & (age < 5))(toy, query, toy.now.key, toy.now.value)
+
+
+def test_layers_of_the_same_keys_and_values_share_a_cache() -> None:
+    """Not where values are others, nor under another mask, which may drop what this layer still sees."""
+    model = Toy(first, same, same_keys, same_windowed, same)
+    fast = optimized(model)
+    assert [(site.cache, site.shares) for site in fast.sites] == [
+        (0, False),
+        (0, True),
+        (1, False),
+        (2, False),
+        (0, True),
+    ]
+    assert [layer.cache_of for layer in fast.report().layers] == [0, 0, 2, 3, 0]
+    assert fast.report().bytes_per_token == 3 * fast.report().layers[0].bytes_per_token
+    assert "layer 0's" in str(fast.report())
+    assert_computes_the_same(model, fast)
+    assert len(fast.cache_stats().retained) == 3
 
 
 def test_an_unproved_mask_is_refused() -> None:
