@@ -89,11 +89,12 @@ def _attention(
     `shares` the cache comes after the one that has appended the new tokens: it writes the same to the same slots again,
     `length` stays, and what it attends to adds to the slots' mass of this step.
     """
-    table, retained, mass = page_table[layer], length[layer], slot_mass
+    table, retained = page_table[layer], length[layer]
+    first = None
     if shares:
         retained = retained - new_lengths
         if decay is not None:
-            mass, decay = torch.zeros_like(slot_mass), 1.0  # faded once, by the layer that came first
+            first, decay = _mass_of_new(slot_mass, table, retained, new_lengths, query.shape[2], peak), 1.0
     kernel: Callable[..., Tensor] = reference.attention
     if query.is_cpu and cpu.serves(query, k_pages, v_pages, table, retained + new_lengths):
         kernel = cpu.attention
@@ -109,7 +110,7 @@ def _attention(
         k_pages,
         v_pages,
         slot_position,
-        mass,
+        slot_mass,
         table,
         retained,
         positions,
@@ -123,9 +124,26 @@ def _attention(
         decay=decay,
         peak=peak,
     )
-    if mass is not slot_mass:
-        torch.maximum(slot_mass, mass, out=slot_mass) if peak else slot_mass.add_(mass)
+    if first is not None:
+        slots, mass = first
+        slot_mass.view(-1).scatter_reduce_(0, slots, mass, "amax" if peak else "sum")
     return out
+
+
+def _mass_of_new(
+    slot_mass: Tensor, table: Tensor, retained: Tensor, new_lengths: Tensor, steps: int, peak: bool
+) -> tuple[Tensor, Tensor]:
+    """Where the new tokens of all rows lie among all slots, and their mass, both ``[rows * steps]``.
+
+    To append them again clears it. Padding lies anywhere, with a mass that changes none.
+    """
+    pages, page = slot_mass.shape
+    step = torch.arange(steps, device=table.device)
+    slot = retained[:, None] + step  # [rows, steps]
+    at = table.gather(1, (slot // page).clamp(max=table.shape[1] - 1).long()).clamp(0, pages - 1)
+    slots = (at * page + slot % page).long().flatten()
+    padding = (step >= new_lengths[:, None]).flatten()
+    return slots, slot_mass.view(-1)[slots].masked_fill(padding, float("-inf") if peak else 0.0)
 
 
 def _output(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
