@@ -25,7 +25,7 @@ ALWAYS = (
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("big_bird", "megatron-bert", "rembert", "roformer"), "not causal: a query sees later keys"),
     **dict.fromkeys(("cpmant", "prophetnet", "xlnet"), "the model is not causal"),
-    **dict.fromkeys(("axk2", "deepseek_v32", "doge", "glm_moe_dsa", "hy_v4"), "depends on the content"),
+    **dict.fromkeys(("axk2", "deepseek_v32", "doge", "glm_moe_dsa", "hy_v4", "inkling_text"), "depends on the content"),
     "minimax_m3_vl_text": "its attention takes block_indices",
     "deepseek_v4": "queries meet",
     "blt": "does not run with its own cache",
