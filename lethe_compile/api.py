@@ -12,7 +12,7 @@ from torch import nn
 from lethe_compile.capture import capture
 from lethe_compile.capture.causality import causality_told
 from lethe_compile.config import LetheConfig
-from lethe_compile.executor import choose_backend
+from lethe_compile.executor import choose_backend, warm_up_compiler
 from lethe_compile.memory import check_kv_memory
 from lethe_compile.passes import pipeline
 from lethe_compile.passes.base import run_pipeline
@@ -63,6 +63,8 @@ def optimize(
     check_kv_memory(kv_memory)
     rule = make_policy(config)
 
+    if backend != "eager" and isinstance(model, nn.Module) and any(weight.is_cuda for weight in model.parameters()):
+        warm_up_compiler()
     captured = capture(model, example_inputs)
     device = captured.program.device
     chosen = choose_backend(backend, device, stateful=bool(captured.program.stateful))

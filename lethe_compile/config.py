@@ -15,6 +15,7 @@ from lethe_compile.errors import ConfigError
 
 MIN_RETAINED = 8
 """Tokens beside the sinks that a hard cap must always leave room for."""
+_INTERVAL, _INTERVAL_APART = 32, 128  # decode steps between rounds, the latter where the host is not the device
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ class LetheConfig:
     """Retained tokens at which a layer is first considered for pruning; doubles whenever no breakpoint is found.
     ≥ 1. Not in the paper."""
 
-    prune_interval: int = 32
-    """Decode steps between two rounds. ≥ 1. Fewer steps hold the cache closer to its target and cost more rounds."""
+    prune_interval: int | None = None
+    """Decode steps between two rounds. ≥ 1, or None: 32 on a CPU. Elsewhere, where the device waits for the host in a
+    round, an eighth of `max_tokens`, in 32..128; 128 without a cap, 32 with a `budget`. Fewer steps hold the cache
+    closer to its target and cost more rounds."""
 
     max_tokens: int | None = None
     """Hard cap on the retained tokens of one layer and sequence during decode; None for no cap.
@@ -91,13 +94,24 @@ class LetheConfig:
         if self.max_tokens is not None and self.max_tokens < self.cap_floor:
             raise ConfigError(
                 f"max_tokens={self.max_tokens} is not allowed: must be None or an integer >= {self.cap_floor}"
-                f" (prune_interval {self.prune_interval} + sink_tokens {self.sink_tokens} + {MIN_RETAINED})"
+                f" (prune_interval {self.interval} + sink_tokens {self.sink_tokens} + {MIN_RETAINED})"
             )
 
     @property
     def cap_floor(self) -> int:
         """Smallest hard cap of one layer: one interval of new tokens, the sinks, and `MIN_RETAINED` more."""
-        return self.prune_interval + self.sink_tokens + MIN_RETAINED
+        return self.interval + self.sink_tokens + MIN_RETAINED
+
+    @property
+    def interval(self) -> int:
+        """`prune_interval`, or its least default."""
+        return self.prune_interval or _INTERVAL
+
+    def interval_on(self, device_type: str) -> int:
+        """`prune_interval`, or its default on a device of that type."""
+        if self.prune_interval is not None or device_type == "cpu" or self.budget is not None:
+            return self.interval
+        return min(_INTERVAL_APART, max(_INTERVAL, (self.max_tokens or 8 * _INTERVAL_APART) // 8))
 
     def page_size_on(self, device_type: str) -> int:
         """`page_size`, or its default on a device of that type."""
@@ -163,7 +177,7 @@ _RULES: Mapping[str, _Rule] = {
     "score": _Rule("'peak' or 'sum'", lambda v: v in ("peak", "sum")),
     "sink_tokens": _integer(0, 1024),
     "prune_threshold": _integer(1),
-    "prune_interval": _integer(1),
+    "prune_interval": _optional(_integer(1)),
     "max_tokens": _optional(_integer(1)),
     "budget": _optional(_integer(1)),
     "paper_literal": _BOOL,

@@ -45,6 +45,14 @@ def choose_backend(asked: str, device: torch.device, *, stateful: bool = False) 
     return "cudagraphs", "Triton kernels, Inductor between them, decode steps replayed as CUDA graphs"
 
 
+def warm_up_compiler() -> None:
+    """Start Inductor's worker processes, which take seconds to come up, while the model is still being captured."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.warm_pool()
+    AsyncCompile.use_process_pool()  # asks for a first answer: until it came, kernels are compiled in this process
+
+
 class Executor:
     """A program as a function ``(ids, positions, new_lengths, cache state) -> logits``.
 

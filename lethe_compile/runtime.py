@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,12 +78,15 @@ class OptimizedModel(nn.Module):
         backend: tuple[str, str] = ("eager", "asked for"),
     ) -> None:
         super().__init__()
+        self._dtype: torch.dtype = program.sites[0].node.meta["val"].dtype
+        self._device: torch.device = program.input_ids.meta["val"].device
         self.backend = backend
         self._executor = Executor(program, compiled=backend[0] != "eager")
         self._graphs: dict[int, DecodeGraph] = {}  # by rows
         self.graph_module, self.sites, self.caches = program.module, program.sites, program.caches
         self.stateful = program.stateful
         self.stateful_modules = nn.ModuleList(call.module for call in program.stateful)
+        config = replace(config, prune_interval=config.interval_on(self._device.type))
         self.config, self.policy = config, make_policy(config)
         self.vocab_size, self.max_positions = vocab_size, max_positions
         self.generation_config, self.hf_config = generation_config, hf_config
@@ -93,8 +96,6 @@ class OptimizedModel(nn.Module):
         self.on_round: list[Callable[[Round], None]] = []
         self.give_way: Callable[[], object] | None = None
         self._records = records
-        self._dtype: torch.dtype = program.sites[0].node.meta["val"].dtype
-        self._device: torch.device = program.input_ids.meta["val"].device
         self.page_size = config.page_size_on(self._device.type)
         tokens = [geometry.bytes_per_token(self._dtype) for geometry in self._geometries()]
         self._page_bytes = np.array(tokens, np.int64)[:, None] * self.page_size  # [layers, 1]
@@ -354,7 +355,7 @@ class OptimizedModel(nn.Module):
         self._ledger.read(seen, before, held)
         self._live = on
         self.cache.free_rows(np.flatnonzero((on == 0) & self.cache.pages_held().any(0)).tolist())
-        self._until_round = self.config.prune_interval
+        self._until_round = self.config.interval
         left = None if self._new_tokens is None else self._new_tokens - self._ledger.decoded
         if left is not None and left > 0:  # no page for tokens that nobody asked for
             self._until_round = min(self._until_round, left)

@@ -33,9 +33,23 @@ def verify(original: Callable[[Mapping[str, Tensor]], Tensor], fast: OptimizedMo
     lengths = sorted({min(limit, 7), min(limit, max([2 * w + 5 for w in windows], default=19))})
     generator = torch.Generator().manual_seed(0)
     least = _QUANTISED if _quantises_activations(fast) else 0.0
+    samples = [torch.randint(fast.vocab_size, (2, length), generator=generator).to(fast.device) for length in lengths]
     with fast.interpreted():
-        for length in lengths:
-            _verify_length(original, fast, length, generator, least)
+        if fast.device.type == "cuda":
+            _compile_kernels(fast, samples)
+        for ids in samples:
+            _verify_sample(original, fast, ids, least)
+
+
+def _compile_kernels(fast: OptimizedModel, samples: list[Tensor]) -> None:
+    """Compile on all cores what the samples need, or each kernel would wait for the one before."""
+    from lethe_compile.kernels.launch import compiling
+
+    with compiling():
+        for ids in samples:
+            fast(ids)
+            if ids.shape[1] > _DECODED:
+                _stepwise(fast, ids)
 
 
 def _quantises_activations(fast: OptimizedModel) -> bool:
@@ -49,14 +63,10 @@ def _quantises_activations(fast: OptimizedModel) -> bool:
     return False
 
 
-def _verify_length(
-    original: Callable[[Mapping[str, Tensor]], Tensor],
-    fast: OptimizedModel,
-    length: int,
-    generator: torch.Generator,
-    least: float,
+def _verify_sample(
+    original: Callable[[Mapping[str, Tensor]], Tensor], fast: OptimizedModel, ids: Tensor, least: float
 ) -> None:
-    ids = torch.randint(fast.vocab_size, (2, length), generator=generator).to(fast.device)
+    length = ids.shape[1]
     positions = torch.arange(length, device=ids.device).repeat(2, 1)
     with torch.no_grad():
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}

@@ -22,7 +22,7 @@ REFUSED: dict[str, list[Any]] = {
     "score": ["max", "", None, True],
     "sink_tokens": [-1, 1025, 4.0, True, None],
     "prune_threshold": [0, -128, 128.0, True, "128", None],
-    "prune_interval": [0, -1, 32.0, True, None],
+    "prune_interval": [0, -1, 32.0, True],
     "max_tokens": [0, -1, 43, 512.0, True, "512"],  # 43 = 32 + 4 + 8 - 1
     "budget": [0, -1, 4096.0, True, "4096"],
     "paper_literal": [0, 1, "yes", None],
@@ -39,7 +39,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "score": ["peak", "sum"],
     "sink_tokens": [0, 1024],
     "prune_threshold": [1, 10**9],
-    "prune_interval": [1, 10**6],
+    "prune_interval": [None, 1, 10**6],
     "max_tokens": [None, 44, 10**9],
     "budget": [None, 1, 10**12],
     "paper_literal": [True, False],
@@ -84,6 +84,24 @@ def test_message_states_the_range(name: str, value: Any, allowed: str) -> None:
     with pytest.raises(ConfigError) as caught:
         LetheConfig(**{name: value})
     assert allowed in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "cpu", "gpu"),
+    [
+        ({}, 32, 128),
+        ({"max_tokens": 44}, 32, 32),
+        ({"max_tokens": 512}, 32, 64),
+        ({"max_tokens": 4096}, 32, 128),
+        ({"budget": 10**5}, 32, 32),
+        ({"prune_interval": 7, "max_tokens": 4096}, 7, 7),
+    ],
+    ids=str,
+)
+def test_interval_on_a_device(settings: dict[str, int], cpu: int, gpu: int) -> None:
+    config = LetheConfig(**settings)
+    assert (config.interval_on("cpu"), config.interval_on("cuda")) == (cpu, gpu)
+    assert dataclasses.replace(config, prune_interval=gpu).cap_floor == gpu + 12, "the cap has room for it"
 
 
 def test_is_frozen() -> None:

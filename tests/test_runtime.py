@@ -95,7 +95,7 @@ def test_window_layers_trim_without_loss(mixed: lethe.OptimizedModel) -> None:
     with mixed.unpruned():
         run(mixed)
     stats = mixed.cache_stats()
-    assert max(stats.retained[0]) <= 7 + CONFIG.prune_interval, "sliding layers keep the window"
+    assert max(stats.retained[0]) <= 7 + CONFIG.interval, "sliding layers keep the window"
     assert stats.retained[1] == stats.seen, "full layers keep all"
 
 

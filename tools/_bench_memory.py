@@ -45,7 +45,7 @@ def _full(fast: OptimizedModel, new_tokens: int) -> Row:
 def _lethe(bench: Bench, fast: OptimizedModel, new_tokens: int) -> Row:
     """The admitted batch, taken to its cap and some rounds on: the pool must stay within its limit."""
     assert isinstance(fast.kv_memory, int) and fast.config.max_tokens is not None
-    interval, cap = fast.config.prune_interval, fast.config.max_tokens
+    interval, cap = fast.config.interval, fast.config.max_tokens
     batch = largest_batch(fast, cap)
     bench.say(f"memory: {batch} sequences past {cap} tokens")
     active = torch.ones(batch, dtype=torch.bool, device=fast.device)

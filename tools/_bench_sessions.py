@@ -111,10 +111,11 @@ def ours(fast: OptimizedModel, rows: int, length: int, steps: int, *, pruned: bo
     """Our graph after `length` tokens: with Lethe as much as its hard cap leaves, unpruned all of them."""
     config = fast.config
     cap = config.max_tokens if pruned else None
-    retained = length if cap is None else min(length, cap - config.prune_interval)
+    retained = length if cap is None else min(length, cap - config.interval)
     prompt = min(PROMPT, retained)
     active = torch.ones(rows, dtype=torch.bool, device=fast.device)
-    room = length + steps if cap is None else min(cap, length + steps)
+    room = length + steps + config.interval  # pages are taken an interval ahead
+    room = room if cap is None else min(cap, room)
     with ExitStack() as stack:
         stack.callback(setattr, fast, "kv_memory", fast.kv_memory)
         if fast.device.type == "cuda":  # pools of just the size that this needs, whatever ran before
@@ -128,7 +129,7 @@ def ours(fast: OptimizedModel, rows: int, length: int, steps: int, *, pruned: bo
             lambda tokens: fast.decode(tokens, active).argmax(dim=-1),
             lambda: fast.cache.bytes_in_use,
             lambda: float(fast.cache.lengths[:, :rows].mean()),
-            config.prune_interval,
+            config.interval,
         )
 
 

@@ -101,7 +101,7 @@ def _case(bench: Bench, subject: Subject, fast: OptimizedModel, batch: int, leng
 
 def steps_needed(bench: Bench, fast: OptimizedModel) -> int:
     """Steps that one session runs at most, warm-up included."""
-    interval = fast.config.prune_interval
+    interval = fast.config.interval
     return _WARMUP + interval + max(bench.options.steps, _INTERVALS * interval)
 
 

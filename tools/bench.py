@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batches", type=_numbers, metavar="LIST", help="sequences (default 1,16); sections with one take the largest")
     add("--lengths", type=_numbers, metavar="LIST", help="tokens so far, of steps and cpu (default 1024,8192)")
     add("--contestants", type=_names(LABELS), metavar="LIST", help=f"of steps and cpu: {','.join(LABELS)} (all)")
-    add("--page-sizes", type=_numbers, metavar="LIST", help="of kernels (default 16,64); others take the first")
+    add("--page-sizes", type=_numbers, metavar="LIST", help="of kernels (default 64); others take the first")
     add("--max-tokens", type=_positive, default=1024, metavar="N", help="hard cap of Lethe on GPUs (default 1024)")
     add("--repeats", type=_positive, metavar="N", help="of each measurement, interleaved (default 3)")
     add("--steps", type=_positive, metavar="N", help="decode steps timed at a time, at least (default 32)")
@@ -112,7 +112,7 @@ _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "batches": ((1, 16), (16,)),
     "lengths": ((1024, 8192), (8192,)),
     "contestants": (tuple(LABELS), tuple(LABELS)),
-    "page_sizes": ((16, 64), (16,)),
+    "page_sizes": ((64,), (64,)),
     "repeats": (3, 1),
     "steps": (32, 16),
     "new_tokens": (24576, 4096),

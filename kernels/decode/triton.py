@@ -1,7 +1,7 @@
 """Cached attention of one new token a row, in Triton: append, attend over the paged cache, and score its slots.
 
-Two launches. `_attend` streams keys and values once; `_score` turns the probabilities that it left behind, relative to
-running maxima, into exact ones, now that every row's log-sum-exp is known. The truth is `attention.reference`.
+Two launches. `_attend` streams keys and values once; `add_mass` turns the probabilities that it left behind, relative
+to running maxima, into exact ones, now that every row's log-sum-exp is known. The truth is `attention.reference`.
 
 Work is shared out in blocks of slots, so that any mix of lengths keeps every multiprocessor equally busy: the blocks of
 all (row, KV head) items stand in one line, and each program takes an equal run of it. A run may end inside an item;
@@ -19,40 +19,23 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-LOG2E = tl.constexpr(1.4426950408889634)
-_FLOOR = tl.constexpr(-1.0e30)  # a running maximum before anything was seen: finite, so that differences are no NaN
-
-
-@triton.jit
-def tanh(x):
-    """tanh in float32; `tl` has none, and libdevice's does not run in the interpreter."""
-    return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+from lethe_compile.kernels.attention.blocks import FLOOR, LOG2E, fold, page_ids, scores, tanh
+from lethe_compile.kernels.decode.l2 import set_aside
+from lethe_compile.kernels.decode.score import add_mass, keep
+from lethe_compile.kernels.launch import launch
 
 
-@triton.jit
-def dot(a, b, UPCAST: tl.constexpr):
-    if UPCAST:  # the interpreter multiplies bfloat16 wrong; float32 tensors must not be rounded to TF32
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b)
-
-
-@triton.jit
-def page_ids(table, block, length, n, PAGE: tl.constexpr, BLOCK: tl.constexpr):
-    """Pages of a block's slots: one where a page holds whole blocks, else [BLOCK]; 0, which exists, beyond `length`."""
-    slot = block * BLOCK
-    if PAGE % BLOCK != 0:
-        slot += n
-    return tl.load(table + slot // PAGE, mask=slot < length, other=0)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "table_stride", "position_row"])
 def _attend(
     query,  # [rows, heads, 1, k_dim]
     key,  # [rows, kv_heads, 1, k_dim]
     value,  # [rows, kv_heads, 1, v_dim]
     k_pages,
     v_pages,
+    k_rows,  # with BULK, descriptors of the pages as [pages * kv_heads * PAGE, dim], else None
+    v_rows,
     slot_position,
     page_table,
     length,
@@ -100,12 +83,17 @@ def _attend(
     BLOCK_V: tl.constexpr,
     LEAST: tl.constexpr,
     UPCAST: tl.constexpr,
+    KEEP: tl.constexpr,  # weights in L2, see `keep`
+    BULK: tl.constexpr,  # load full blocks by the tensor memory accelerator
     STAGES: tl.constexpr,
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
     each = tl.arange(0, ROWS)
     lengths = tl.load(length + each, mask=each < rows, other=0)
     added = tl.load(new_lengths + each, mask=each < rows, other=0)
+    # Whoever is the last to have read the lengths may advance them; it does so at the end, when the answer has come.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel")
     blocks = tl.where(added > 0, tl.maximum((lengths + BLOCK - 1) // BLOCK, 1), 0)
     ends = tl.cumsum(blocks, 0) * KV_HEADS
     total = tl.sum(blocks, 0) * KV_HEADS
@@ -114,7 +102,7 @@ def _attend(
     m, d, e, n = tl.arange(0, M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK)
     in_group, in_k, in_v = m < GROUP, d < K_DIM, e < V_DIM
     for row in tl.range(program, rows, programs, num_stages=1):  # rows that take no part give zeros
-        if tl.load(new_lengths + row) == 0:
+        if tl.sum(tl.where(each == row, added, 0), 0) == 0:
             for head in tl.range(0, KV_HEADS, num_stages=1):
                 idle = out + (row * KV_HEADS * GROUP + (head * GROUP + m)[:, None]) * V_DIM + e[None, :]
                 nothing = tl.zeros([M, BLOCK_V], out.dtype.element_ty)
@@ -136,52 +124,53 @@ def _attend(
         q_at = query + row.to(tl.int64) * q_row + (head * GROUP + m)[:, None] * q_head + d[None, :]
         q = tl.load(q_at, mask=in_group[:, None] & in_k[None, :], other=0.0)
         now = tl.load(positions + row * position_row)
+        slope = tl.zeros([M], tl.float32)
         if SLOPES:
             slope = tl.load(slopes + head * GROUP + m, mask=in_group, other=0.0).to(tl.float32) * LOG2E
         table = page_table + row.to(tl.int64) * table_stride
         weight_at = weight + item.to(tl.int64) * capacity * GROUP
         max_at = block_max + item.to(tl.int64) * (capacity // BLOCK) * GROUP
 
-        top = tl.full([M], _FLOOR, tl.float32)
+        top = tl.full([M], FLOOR, tl.float32)
         mass = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, BLOCK_V], tl.float32)
 
-        pages = page_ids(table, first, old, n, PAGE, BLOCK)
-        for block in tl.range(first, last, num_stages=STAGES):
+        begin = first
+        pages = page_ids(table, begin, old, n, PAGE, BLOCK)
+        if BULK:
+            begin = tl.maximum(first, tl.minimum(last, old // BLOCK))
+            for block in tl.range(first, begin, num_stages=STAGES):
+                slot = block * BLOCK + n
+                where = slot_position + (pages.to(tl.int64) * PAGE + slot % PAGE)
+                source = ((pages * KV_HEADS + head) * PAGE + block * BLOCK % PAGE).to(tl.int32)
+                pages = page_ids(table, block + 1, old, n, PAGE, BLOCK)  # one ahead, or loads could not overlap
+                k, v = k_rows.load([source, 0]).T, v_rows.load([source, 0])
+                s = scores(q, k, where, now, slope, SCALE, SOFTCAP, WINDOW, CHUNKED, SLOPES, UPCAST)
+                top, mass, acc, p = fold(top, mass, acc, s, v, UPCAST)
+                if SCORED:
+                    keep(weight_at, max_at, block, slot, m, p, top, old, GROUP, KEEP)
+            pages = page_ids(table, begin, old, n, PAGE, BLOCK)
+        for block in tl.range(begin, last, num_stages=1 if BULK else STAGES):
             slot = block * BLOCK + n
             live = slot < old
             page, offset = pages.to(tl.int64), slot % PAGE
-            pages = page_ids(table, block + 1, old, n, PAGE, BLOCK)  # one block ahead, or loads could not overlap
+            pages = page_ids(table, block + 1, old, n, PAGE, BLOCK)
             k_at = k_pages + (page * k_page + head * k_page_head) + offset * K_DIM
             v_at = v_pages + (page * v_page + head * v_page_head) + offset * V_DIM
             if K_DIM == BLOCK_K:  # what lies beyond the length is masked as a score
                 k = tl.load(k_at[None, :] + d[:, None])
             else:
                 k = tl.load(k_at[None, :] + d[:, None], mask=in_k[:, None], other=0.0)
-            s = dot(q, k, UPCAST) * SCALE  # [M, BLOCK]
-            if SOFTCAP is not None:
-                s = tanh(s / SOFTCAP) * (SOFTCAP * LOG2E)
-            if SLOPES or WINDOW is not None:
-                age = now - tl.load(slot_position + page * PAGE + offset, mask=live, other=0)
-            if SLOPES:
-                s -= slope[:, None] * age.to(tl.float32)[None, :]
-            if WINDOW is not None:
-                live = live & ((age <= now % WINDOW) if CHUNKED else (age < WINDOW))
+            where = slot_position + page * PAGE + offset
+            s = scores(q, k, where, now, slope, SCALE, SOFTCAP, WINDOW, CHUNKED, SLOPES, UPCAST)
             s = tl.where(live[None, :], s, float("-inf"))
-            higher = tl.maximum(top, tl.max(s, 1))
-            p = tl.exp2(s - higher[:, None])
-            fade = tl.exp2(top - higher)
-            mass = mass * fade + tl.sum(p, 1)
-            filled = (slot < old)[:, None]  # zero weights would not silence a NaN
+            filled = live[:, None]  # zero weights would not silence a NaN
             if V_DIM != BLOCK_V:
                 filled = filled & in_v[None, :]
             v = tl.load(v_at[:, None] + e[None, :], mask=filled, other=0.0)
-            acc = acc * fade[:, None] + dot(p.to(v.dtype), v, UPCAST)
-            top = higher
+            top, mass, acc, p = fold(top, mass, acc, s, v, UPCAST)
             if SCORED:
-                w_at = weight_at + (slot[None, :] * GROUP + m[:, None])
-                tl.store(w_at, p.to(weight.dtype.element_ty), mask=in_group[:, None] & (slot < old)[None, :])
-                tl.store(max_at + block * GROUP + m, top, mask=in_group)
+                keep(weight_at, max_at, block, slot, m, p, top, old, GROUP, KEEP)
 
         if last == item_blocks:  # the new token, from registers: nothing has to be written before it is read
             row_page = tl.load(table + old // PAGE).to(tl.int64)
@@ -212,12 +201,12 @@ def _attend(
             stat_at = part_stat + part * (2 * M) + m
             tl.store(stat_at, top)
             tl.store(stat_at + M, mass)
-            tl.store(part_out + part * (M * BLOCK_V) + m[:, None] * BLOCK_V + e[None, :], acc)
+            tl.store(part_out + part * (M * BLOCK_V) + m[:, None] * BLOCK_V + e[None, :], acc, mask=in_group[:, None])
             tl.debug_barrier()  # every thread's stores, before the one atomic that publishes them
             done = tl.atomic_add(counter + 1 + item, 1, sem="acq_rel") == ended - begun
             if done:
                 tl.store(counter + 1 + item, 0)
-                top = tl.full([M], _FLOOR, tl.float32)
+                top = tl.full([M], FLOOR, tl.float32)
                 mass = tl.zeros([M], tl.float32)
                 acc = tl.zeros([M, BLOCK_V], tl.float32)
                 for other in tl.range(begun, ended + 1, num_stages=1):
@@ -225,7 +214,7 @@ def _attend(
                     part_top = tl.load(part_stat + part * (2 * M) + m, cache_modifier=".cg")
                     part_mass = tl.load(part_stat + part * (2 * M) + M + m, cache_modifier=".cg")
                     part_at = part_out + part * (M * BLOCK_V) + m[:, None] * BLOCK_V + e[None, :]
-                    part_acc = tl.load(part_at, cache_modifier=".cg")
+                    part_acc = tl.load(part_at, mask=in_group[:, None], other=0.0, cache_modifier=".cg")
                     higher = tl.maximum(top, part_top)
                     fade, gain = tl.exp2(top - higher), tl.exp2(part_top - higher)
                     mass = mass * fade + part_mass * gain
@@ -247,79 +236,50 @@ def _attend(
                 tl.store(lse_at, top + tl.log2(mass), mask=in_group)
         at += last - first
 
-    # Whoever leaves last advances the lengths: by then everyone has read them.
-    tl.debug_barrier()
-    if tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1:
+    if arrived == programs - 1:
         tl.store(counter, 0)
         tl.store(length + each, lengths + added, mask=(each < rows) & (added > 0))
 
 
-@triton.jit
-def _score(
-    weight,
-    block_max,
-    lse,
-    slot_mass,
-    page_table,
-    length,  # already advanced
-    new_lengths,
-    rows,
-    capacity,
-    table_stride,
-    DECAY: tl.constexpr,
-    PEAK: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,  # of `_attend`
-    SLOTS: tl.constexpr,  # of this kernel
-    G: tl.constexpr,  # a power of two >= GROUP
-):
-    row, start = tl.program_id(1), tl.program_id(0) * SLOTS
-    added = tl.load(new_lengths + row)
-    old = tl.load(length + row) - added
-    if (added > 0) & (start <= old):
-        slot, g = start + tl.arange(0, SLOTS), tl.arange(0, G)
-        in_group = g < GROUP
-        page = tl.load(page_table + row.to(tl.int64) * table_stride + slot // PAGE, mask=slot <= old, other=0)
-        mass_at = slot_mass + page.to(tl.int64) * PAGE + slot % PAGE
-        before = tl.load(mass_at, mask=slot < old, other=0.0)
-        seen = tl.zeros([SLOTS], tl.float32)
-        for head in tl.static_range(KV_HEADS):
-            item = (row * KV_HEADS + head).to(tl.int64)
-            total = tl.load(lse + item * GROUP + g, mask=in_group, other=0.0)
-            new = tl.load(lse + (rows * KV_HEADS + item) * GROUP + g, mask=in_group, other=float("-inf"))
-            valid = (slot < old)[:, None] & in_group[None, :]
-            w_at = weight + item * capacity * GROUP + (slot[:, None] * GROUP + g[None, :])
-            w = tl.load(w_at, mask=valid, other=0.0).to(tl.float32)
-            m_at = block_max + (item * (capacity // BLOCK) + slot // BLOCK)[:, None] * GROUP + g[None, :]
-            top = tl.load(m_at, mask=valid, other=float("-inf"))
-            p = tl.where((slot == old)[:, None], tl.exp2(new - total)[None, :], w * tl.exp2(top - total[None, :]))
-            p = tl.where(in_group[None, :], p, 0.0)
-            seen = tl.maximum(seen, tl.max(p, 1)) if PEAK else seen + tl.sum(p, 1)
-        faded = before * DECAY
-        tl.store(mass_at, tl.maximum(faded, seen) if PEAK else faded + seen, mask=slot <= old)
+_MANY_ITEMS = 768
+REGISTERS = 255  # a thread may have: few threads stream best, so none has to spill for the sake of more of them
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How `_attend` is launched: slots a block, programs a multiprocessor, warps a program, blocks in flight."""
+    """How `_attend` is launched.
+
+    Attributes:
+        block: slots that are read together.
+        programs: of one multiprocessor.
+        warps: of a program.
+        stages: blocks under way, the one at work included.
+        bulk: load full blocks by Hopper's tensor memory accelerator, where pages hold whole blocks.
+        least: blocks a program takes at least.
+    """
 
     block: int
     programs: int
     warps: int
     stages: int
-    least: int = 2  # blocks a program takes at least
+    bulk: bool = False
+    least: int = 2
 
 
-def tuning(k_dim: int, v_dim: int, itemsize: int, page: int) -> Tuning:
-    """The fastest of those tried on an H100 with heads of 128 in half precision; others get blocks of as many bytes."""
+def tuning(k_dim: int, v_dim: int, itemsize: int, page: int, items: int = 1) -> Tuning:
+    """The fastest of those tried on an H100 with heads of 128 in half precision; others get blocks of as many bytes.
+
+    `items` are pairs of row and KV head: where there are many, one program's stream covers the end of another's item.
+    """
     token = (triton.next_power_of_2(k_dim) + triton.next_power_of_2(v_dim)) * itemsize
     # Float32 products take registers. A power of two, as blocks must be: dimensions that differ pad to no such sum.
     scale = triton.next_power_of_2(max(1, token * (2 if itemsize > 2 else 1) // 512))
     if page >= 64:
         if token < 512:
             return Tuning(64, programs=2, warps=4, stages=3)
+        if itemsize == 2 and scale == 1:
+            programs, stages = (1, 4) if items < _MANY_ITEMS else (2, 3)
+            return Tuning(64, programs, warps=4, stages=stages, bulk=True)
         return Tuning(max(16, 64 // scale), programs=1, warps=8, stages=4 if scale <= 4 else 2)
     if itemsize > 2:
         return Tuning(32 if token <= 1024 else 16, programs=1, warps=4, stages=3 if token <= 1024 else 2)
@@ -335,6 +295,12 @@ def _counter(device: torch.device, items: int) -> Tensor:
     if (device, size) not in _workspaces:
         _workspaces[device, size] = torch.zeros(size, dtype=torch.int32, device=device)
     return _workspaces[device, size]
+
+
+def _rows(pages: Tensor, block: int) -> TensorDescriptor:
+    """Descriptor of the slots of [pages, kv_heads, page, dim], one under the other; a load takes `block` of them."""
+    dim = pages.shape[-1]
+    return TensorDescriptor.from_tensor(pages.view(-1, dim), [block, max(16, triton.next_power_of_2(dim))])
 
 
 def attention(
@@ -369,13 +335,16 @@ def attention(
     kv_heads, page, v_dim = k_pages.shape[1], k_pages.shape[2], v_pages.shape[3]
     group, items = heads // kv_heads, rows * kv_heads
     device, interpreted = query.device, not query.is_cuda
-    tune = tune or tuning(k_dim, v_dim, query.element_size(), page)
+    tune = tune or tuning(k_dim, v_dim, query.element_size(), page, items)
     block, m, block_v = tune.block, max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(v_dim))
     programs = tune.programs * (2 if interpreted else torch.cuda.get_device_properties(device).multi_processor_count)
     capacity = -(-page_table.shape[1] * page // block) * block
 
     scored = decay is not None
+    if scored and not interpreted and not torch.cuda.is_current_stream_capturing():
+        set_aside(device)
     exact = query.dtype == torch.float32
+    bulk = tune.bulk and page % block == 0 and (interpreted or torch.cuda.get_device_capability(device)[0] >= 9)
     float32 = partial(torch.empty, dtype=torch.float32, device=device)
     out = torch.empty(rows, heads, 1, v_dim, dtype=query.dtype, device=device)
     slots = items * capacity if scored else 0
@@ -384,12 +353,16 @@ def attention(
     lse = float32(2, rows, heads)
     part_out = float32(programs + items, m, block_v)
     part_stat = float32(programs + items, 2, m)
-    _attend[(programs,)](
+    launch(
+        _attend,
+        (programs,),
         query,
         key,
         value,
         k_pages,
         v_pages,
+        _rows(k_pages, block) if bulk else None,
+        _rows(v_pages, block) if bulk else None,
         slot_position,
         page_table,
         length,
@@ -437,13 +410,18 @@ def attention(
         BLOCK_V=block_v,
         LEAST=tune.least,
         UPCAST=exact or interpreted,
+        KEEP=not (exact or interpreted),
+        BULK=bulk,
         STAGES=tune.stages,
         num_warps=tune.warps,
         num_stages=tune.stages,
+        maxnreg=REGISTERS,
     )
     if decay is not None:
         span = 128
-        _score[(triton.cdiv(capacity, span), rows)](
+        launch(
+            add_mass,
+            (triton.cdiv(capacity, span), rows),
             weight,
             block_max,
             lse,

@@ -13,15 +13,52 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lethe_compile.kernels.launch import launch
 
 MOST_TOKENS = 64
 MOST_WEIGHTS = 4
+_ENOUGH = 64  # programs, for weights to come first; with fewer, more of half the size stream faster
 
 
 @triton.jit
+def _tile(
+    x_tiles,
+    w_tiles,
+    bias,
+    out,
+    first,
+    column,
+    tokens,
+    K: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BIAS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Rows `first` to `first + N` of one weight, for all tokens; what lies outside of a tensor is loaded as zeros."""
+    m, n = tl.arange(0, M), first + tl.arange(0, N)
+    acc = tl.zeros([N, M], tl.float32) if WEIGHTS_FIRST else tl.zeros([M, N], tl.float32)
+    for at in tl.range(0, K, BLOCK, num_stages=STAGES):
+        w, x = w_tiles.load([first, at]), x_tiles.load([0, at])
+        acc = tl.dot(w, x.T, acc) if WEIGHTS_FIRST else tl.dot(x, w.T, acc)
+    if WEIGHTS_FIRST:
+        acc = acc.T
+    if BIAS:
+        acc += tl.load(bias + n, mask=n < SIZE, other=0.0).to(tl.float32)[None, :]
+    out_at = out + m[:, None] * WIDTH + (column + n)[None, :]
+    tl.store(out_at, acc.to(out.dtype.element_ty), mask=(m < tokens)[:, None] & (n < SIZE)[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def _linears(
-    x,  # [tokens, K]
-    w0,  # [N0, K]
+    x,  # descriptor of [tokens, K], tiles of [M, BLOCK]
+    w0,  # descriptor of [N0, K], tiles of [N, BLOCK]
     w1,
     w2,
     w3,
@@ -40,43 +77,37 @@ def _linears(
     M: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,  # as the left operand, which Hopper's tensor cores read in rows of 64
     STAGES: tl.constexpr,
 ):
     tile = tl.program_id(0)
+    WIDTH: tl.constexpr = N0 + N1 + N2 + N3
     T0: tl.constexpr = (N0 + N - 1) // N
     T1: tl.constexpr = T0 + (N1 + N - 1) // N
     T2: tl.constexpr = T1 + (N2 + N - 1) // N
-    weight, bias, first, size, column = w0, b0, tile * N, N0, 0
-    if tile >= T0:
-        weight, bias, first, size, column = w1, b1, (tile - T0) * N, N1, N0
-    if tile >= T1:
-        weight, bias, first, size, column = w2, b2, (tile - T1) * N, N2, N0 + N1
-    if tile >= T2:
-        weight, bias, first, size, column = w3, b3, (tile - T2) * N, N3, N0 + N1 + N2
-    weight = tl.multiple_of(weight, 16)
-    m, n, k = tl.arange(0, M), first + tl.arange(0, N), tl.arange(0, BLOCK)
-    real, inside = m < tokens, n < size
-    x_at = x + m[:, None] * K + k[None, :]
-    w_at = weight + tl.where(inside, n, 0)[None, :].to(tl.int64) * K + k[:, None]
-    acc = tl.zeros([M, N], tl.float32)
-    for at in tl.range(0, K, BLOCK, num_stages=STAGES):
-        if K % BLOCK == 0:
-            a = tl.load(x_at + at, mask=real[:, None], other=0.0)
-            b = tl.load(w_at + at, eviction_policy="evict_first")
-        else:
-            a = tl.load(x_at + at, mask=real[:, None] & (at + k < K)[None, :], other=0.0)
-            b = tl.load(w_at + at, mask=(at + k < K)[:, None], other=0.0, eviction_policy="evict_first")
-        acc = tl.dot(a, b, acc)
-    if BIAS:
-        acc += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None, :]
-    out_at = out + m[:, None] * (N0 + N1 + N2 + N3) + (column + n)[None, :]
-    tl.store(out_at, acc.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
+    T3: tl.constexpr = T2 + (N3 + N - 1) // N
+    if tile < T0:
+        at = tile * N
+        _tile(x, w0, b0, out, at, 0, tokens, K, N0, WIDTH, BIAS, M, N, BLOCK, WEIGHTS_FIRST, STAGES)
+    # What has no rows is left out while compiling, so the conditions stay apart.
+    if T0 < T1:  # noqa: SIM102
+        if (tile >= T0) & (tile < T1):
+            at = (tile - T0) * N
+            _tile(x, w1, b1, out, at, N0, tokens, K, N1, WIDTH, BIAS, M, N, BLOCK, WEIGHTS_FIRST, STAGES)
+    if T1 < T2:  # noqa: SIM102
+        if (tile >= T1) & (tile < T2):
+            at = (tile - T1) * N
+            _tile(x, w2, b2, out, at, N0 + N1, tokens, K, N2, WIDTH, BIAS, M, N, BLOCK, WEIGHTS_FIRST, STAGES)
+    if T2 < T3:  # noqa: SIM102
+        if tile >= T2:
+            at = (tile - T2) * N
+            _tile(x, w3, b3, out, at, N0 + N1 + N2, tokens, K, N3, WIDTH, BIAS, M, N, BLOCK, WEIGHTS_FIRST, STAGES)
 
 
 def serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether there are few enough tokens, in half precision, and rows whose loads are 16 bytes wide."""
     few = 0 < x.numel() // x.shape[-1] <= MOST_TOKENS and len(weights) <= MOST_WEIGHTS
-    dense = all(w.is_contiguous() and w.data_ptr() % 16 == 0 for w in weights)
+    dense = all(w.is_contiguous() for w in weights) and all(t.data_ptr() % 16 == 0 for t in (x, *weights))
     return few and dense and x.dtype in (torch.float16, torch.bfloat16) and x.shape[-1] % 8 == 0
 
 
@@ -85,14 +116,18 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> T
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     tokens, width = rows.shape
     sizes = [w.shape[0] for w in weights] + [0] * (MOST_WEIGHTS - len(weights))
-    m, n = max(16, triton.next_power_of_2(tokens)), 32
+    m = max(16, triton.next_power_of_2(tokens))
+    weights_first = sum(triton.cdiv(size, 64) for size in sizes) >= _ENOUGH
+    n, block = 64 if weights_first else 32, 128 if m > 32 else 256
     out = torch.empty(tokens, sum(sizes), dtype=x.dtype, device=x.device)
-    spare_w, spare_b = [weights[0]] * sizes.count(0), [rows] * MOST_WEIGHTS
-    _linears[(sum(triton.cdiv(size, n) for size in sizes),)](
-        rows,
-        *weights,
-        *spare_w,
-        *(list(biases) + spare_b)[:MOST_WEIGHTS],
+    tiles = [TensorDescriptor.from_tensor(weight, [n, block]) for weight in weights]
+    launch(
+        _linears,
+        (sum(triton.cdiv(size, n) for size in sizes),),
+        TensorDescriptor.from_tensor(rows, [m, block]),
+        *tiles,
+        *tiles[:1] * sizes.count(0),
+        *(list(biases) + [rows] * MOST_WEIGHTS)[:MOST_WEIGHTS],
         out,
         tokens,
         K=width,
@@ -103,7 +138,8 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> T
         BIAS=bool(biases),
         M=m,
         N=n,
-        BLOCK=256 if m == 16 else 128,
+        BLOCK=block,
+        WEIGHTS_FIRST=weights_first,
         STAGES=4,
         num_warps=4,
         num_stages=4,

@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lethe_compile.kernels.decode.triton import LOG2E, dot, page_ids, tanh
+from lethe_compile.kernels.attention.blocks import LOG2E, dot, page_ids, tanh
+from lethe_compile.kernels.launch import launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "position_row"])
 def _append(
     key,  # [rows, kv_heads, T, k_dim]
     value,
@@ -94,7 +95,7 @@ def _visible(
     return tl.where(visible, s, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "table_stride", "position_row"])
 def _forward(
     query,  # [rows, heads, T, k_dim]
     k_pages,
@@ -192,7 +193,7 @@ def _forward(
     tl.store(lse + item * tokens + token, tl.where(real, top + tl.log2(mass), float("inf")), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "table_stride", "position_row"])
 def _score(
     query,
     k_pages,
@@ -260,7 +261,7 @@ def _score(
         tl.store(seen + (row * KV_HEADS + head) * capacity + slot, found, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _fold(
     seen,
     slot_mass,
@@ -342,7 +343,9 @@ def attention(
     out = torch.empty(rows, heads, tokens, v_dim, dtype=query.dtype, device=device)
     lse = torch.empty(rows, heads, tokens, dtype=torch.float32, device=device)
     pools = (k_pages.stride(0), k_pages.stride(1), v_pages.stride(0), v_pages.stride(1))
-    _append[(triton.cdiv(tokens, 32), kv_heads, rows)](
+    launch(
+        _append,
+        (triton.cdiv(tokens, 32), kv_heads, rows),
         key,
         value,
         k_pages,
@@ -367,8 +370,10 @@ def attention(
     rule = {"SCALE": scale if softcap is not None else scale * LOG2E.value, "SOFTCAP": softcap, "WINDOW": window}
     rule |= {"CHUNKED": chunked, "SLOPES": slopes is not None}
     blocks = {"M": tune.m, "BLOCK": tune.block, "BLOCK_K": block_k, "UPCAST": upcast, "STAGES": tune.stages}
-    launch = {"num_warps": tune.warps, "num_stages": tune.stages}
-    _forward[(triton.cdiv(tokens, tune.m), heads, rows)](
+    warps = {"num_warps": tune.warps, "num_stages": tune.stages}
+    launch(
+        _forward,
+        (triton.cdiv(tokens, tune.m), heads, rows),
         query,
         k_pages,
         v_pages,
@@ -395,11 +400,13 @@ def attention(
         BLOCK_V=block_v,
         **rule,
         **blocks,
-        **launch,
+        **warps,
     )
     if decay is not None:
         seen = torch.empty(rows, kv_heads, capacity, dtype=torch.float32, device=device)
-        _score[(triton.cdiv(capacity, tune.block), kv_heads, rows)](
+        launch(
+            _score,
+            (triton.cdiv(capacity, tune.block), kv_heads, rows),
             query,
             k_pages,
             slot_position,
@@ -423,9 +430,11 @@ def attention(
             PAGE=page,
             **rule,
             **blocks,
-            **launch,
+            **warps,
         )
-        _fold[(triton.cdiv(capacity, 256), rows)](
+        launch(
+            _fold,
+            (triton.cdiv(capacity, 256), rows),
             seen,
             slot_mass,
             page_table,

@@ -17,7 +17,7 @@ class FullPolicy(Policy):
 
     def least_tokens(self, prompts: Counts, new_tokens: int, windows: Sequence[int | None]) -> Counts:
         everything = super().least_tokens(prompts, new_tokens, windows)
-        return trimmed_by_window(everything, prompts, windows, self.config.prune_interval)
+        return trimmed_by_window(everything, prompts, windows, self.config.interval)
 
     def round(self, state: RoundState, limit: Tensor | None = None) -> Tensor | None:
         if not any(state.windows):

@@ -63,7 +63,7 @@ class LethePolicy(Policy):
     def least_tokens(self, prompts: Counts, new_tokens: int, windows: Sequence[int | None]) -> Counts:
         everything = super().least_tokens(prompts, new_tokens, windows)
         pruned = np.minimum(everything, np.maximum(prompts, self.config.cap_floor))
-        return trimmed_by_window(pruned, prompts, windows, self.config.prune_interval)
+        return trimmed_by_window(pruned, prompts, windows, self.config.interval)
 
     def round(self, state: RoundState, limit: Tensor | None = None) -> Tensor | None:
         self._follow(state.mass.device)
@@ -84,7 +84,7 @@ class LethePolicy(Policy):
             flat = due & ~broke & (size >= self._thresholds)
             self._thresholds = torch.where(flat, 2 * self._thresholds, self._thresholds)
         kept = self._sizes(keep.sum(2), state.active)
-        self._resume = torch.where(due, kept + self.config.prune_interval, self._resume)
+        self._resume = torch.where(due, kept + self.config.interval, self._resume)
         return keep
 
     def _follow(self, device: torch.device) -> None:
@@ -102,13 +102,13 @@ class LethePolicy(Policy):
         """[R] bool: rows whose layers together would exceed the budget before the next round."""
         if self.config.budget is None:
             return torch.zeros_like(size[0], dtype=torch.bool)
-        return size.sum(0) + len(size) * self.config.prune_interval > self.config.budget
+        return size.sum(0) + len(size) * self.config.interval > self.config.budget
 
     def _due(self, size: Tensor, starved: Tensor, limit: Tensor | None) -> Tensor:
         """[L, R] bool: where a threshold is reached, a cap would be exceeded before the next round, or a limit is."""
         due = (size >= torch.maximum(self._thresholds, self._resume)) | starved
         if self.config.max_tokens is not None:
-            due = due | (size + self.config.prune_interval > self.config.max_tokens)
+            due = due | (size + self.config.interval > self.config.max_tokens)
         return due if limit is None else due | (size > limit)
 
     def _measure(self, view: RoundState, size: Tensor) -> Tensor:
@@ -125,10 +125,10 @@ class LethePolicy(Policy):
         if config.max_tokens is None and config.budget is None and limit is None:
             return None
         if config.max_tokens is not None:
-            target = target.clamp(max=config.max_tokens - config.prune_interval)
+            target = target.clamp(max=config.max_tokens - config.interval)
         if config.budget is not None:
             share = share_budget(config.budget, 1 - self._sparsity.nan_to_num(0.0), config.cap_floor)
-            target = torch.where(starved, torch.minimum(target, share - config.prune_interval), target)
+            target = torch.where(starved, torch.minimum(target, share - config.interval), target)
         return target if limit is None else torch.minimum(target, limit)
 
     def _select(self, view: RoundState, due: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ def resources(
     multiples: Collection[str] = (),
     num_warps: int = 4,
     num_stages: int = 3,
+    maxnreg: int | None = None,
 ) -> Resources:
     """Compile `kernel` for sm_90.
 
@@ -44,6 +45,7 @@ def resources(
         tmp_path: where the binary goes.
         aligned: pointers are multiples of 16 bytes, as those of tensors are.
         multiples: names of integers that are multiples of 16, as strides are, which Triton sees when it launches.
+        num_warps, num_stages, maxnreg: as the launch gives them.
     """
     constant = {p.name for p in kernel.params if p.is_constexpr}
     names = [p.name for p in kernel.params]
@@ -54,7 +56,8 @@ def resources(
     known = [names.index(name) for name in multiples] + (pointers if aligned else [])
     attributes = {(at,): [["tt.divisibility", 16]] for at in known}
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=SM_90, options={"num_warps": num_warps, "num_stages": num_stages})
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+    compiled = triton.compile(source, target=SM_90, options=options)
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
     shown = subprocess.run(

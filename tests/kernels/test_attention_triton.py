@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,16 @@ def test_decode_in_half_precision(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_decode_of_blocks_loaded_in_bulk(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Full blocks come through descriptors, the last one, which NaN follows, does not."""
+    kernel = partial(decode.attention, tune=decode.Tuning(16, programs=1, warps=4, stages=2, bulk=True))
+    for heads, page in zip(SHAPES, (64, 32, 16), strict=True):
+        assert_agrees(kernel, case(heads, page, [33, 0, 81, 64], [1, 1, 1, 1], dtype), options)
+
+
+@pytest.mark.interpreted
 def test_decode_of_rows_that_share_programs() -> None:
     """More items than programs, and items that several programs share."""
     assert_agrees(decode.attention, case(SHAPES[0], 16, [3] * 9, [1] * 9, torch.float32), OPTIONS["peak"])
@@ -244,6 +255,9 @@ def test_decode_on_hopper(dtype: str, dim: int, group: int, page: int, tmp_path:
     types = dict.fromkeys(("query", "key", "value", "k_pages", "v_pages", "out"), f"*{dtype}")
     types |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(ints, "*i32") | {"positions": "*i64"}
     types["weight"] = "*fp32" if dtype == "fp32" else "*fp16"
+    bulk = tune.bulk and page % tune.block == 0
+    descriptor = f"tensordesc<{dtype}[{tune.block}, {block}]>"
+    types |= dict.fromkeys(("k_rows", "v_rows"), descriptor if bulk else f"*{dtype}")
     scalars = [
         p.name for p in decode._attend.params if not p.is_constexpr and p.name not in (*types, "sinks", "slopes")
     ]
@@ -260,9 +274,10 @@ def test_decode_on_hopper(dtype: str, dim: int, group: int, page: int, tmp_path:
     }
     arguments |= {"GROUP": group, "K_DIM": dim, "V_DIM": dim, "PAGE": page, "ROWS": 16, "BLOCK": tune.block, "M": 16}
     arguments |= {"BLOCK_K": block, "BLOCK_V": block, "LEAST": 2, "UPCAST": dtype == "fp32", "STAGES": tune.stages}
+    arguments |= {"KEEP": dtype != "fp32", "BULK": bulk}
     strides = [name for name in scalars if name not in ("rows", "position_row")]
-    launch = {"num_warps": tune.warps, "num_stages": tune.stages, "multiples": strides}
+    launch = {"num_warps": tune.warps, "num_stages": tune.stages, "multiples": strides, "maxnreg": decode.REGISTERS}
     used = resources(decode._attend, arguments, tmp_path, **launch)
-    # Two registers: in a precision no one serves in, and for small pages, where fewer warps are faster all the same.
-    assert used.spilled <= (8 if dtype == "fp32" or page < 64 else 0), used
+    # A few registers: in a precision no one serves in, and for small pages, where fewer warps are faster all the same.
+    assert used.spilled <= (16 if dtype == "fp32" or page < 64 else 0), used
     assert used.shared * tune.programs <= 227 * 1024, used

@@ -29,7 +29,7 @@ def test_reference(shape: tuple[int, ...], biased: bool) -> None:
 def test_gpu(width: int, tokens: int, dtype: torch.dtype) -> None:
     from lethe_compile.kernels.linear import triton
 
-    for sizes in ((64,), (96, 32, 7), (40, 33, 32, 1)):
+    for sizes in ((64,), (96, 32, 7), (40, 33, 32, 1), (4100,), (4000, 130, 70, 64)):  # few programs, and many
         x = torch.randn(tokens, width, device="cuda").to(dtype)
         weights = [(torch.randn(n, width, device="cuda") / width**0.5).to(dtype) for n in sizes]
         for biases in ([], [torch.randn(n, device="cuda").to(dtype) for n in sizes]):

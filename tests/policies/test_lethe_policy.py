@@ -184,7 +184,7 @@ class Decode:
         """Lengths after every step of `rounds` rounds, the first of which follows the prefill."""
         for _ in range(rounds):
             self.round()
-            for _ in range(self.policy.config.prune_interval):
+            for _ in range(self.policy.config.interval):
                 self.step()
                 yield self.lengths()
 
@@ -263,7 +263,7 @@ def test_batched_rounds_equal_a_scalar_state_machine(seed: int, power: float, ca
         states, selections = decode.round()
         for i, r in cells:
             state, n = states[i], int(states[i].length[r])
-            over = cap is not None and n + config.prune_interval > cap
+            over = cap is not None and n + config.interval > cap
             expected = state.position[r] >= 0
             if state.active[r] and (n >= max(threshold[i, r], resume[i, r]) or over):
                 keep, broke = select(
@@ -275,19 +275,19 @@ def test_batched_rounds_equal_a_scalar_state_machine(seed: int, power: float, ca
                     sink_tokens=config.sink_tokens,
                     recent_ratio=config.recent_ratio,
                     protected_length=state.prompt_length[r : r + 1],
-                    cap=None if cap is None else torch.tensor([cap - config.prune_interval]),
+                    cap=None if cap is None else torch.tensor([cap - config.interval]),
                 )
                 expected = keep[0]
                 if not broke and n >= threshold[i, r]:
                     threshold[i, r] *= 2
-                resume[i, r] = int(expected.sum()) + config.prune_interval
+                resume[i, r] = int(expected.sum()) + config.interval
                 measured = hoyer_sparsity(state.mass[r : r + 1], state.length[r : r + 1])
                 assert decode.policy.sparsity[i, r] == measured[0]
             selection = selections[i]
             actual = state.position[r] >= 0 if selection is None else selection.keep[r]
             assert torch.equal(actual, expected)
             assert decode.policy.thresholds[i, r] == threshold[i, r]
-        for _ in range(config.prune_interval):
+        for _ in range(config.interval):
             decode.step()
 
 
@@ -393,7 +393,7 @@ def test_shares(density: list[float], floor: int, spare: int) -> None:
 @given(
     seed=st.integers(0, 10**6),
     power=st.sampled_from([0.0, 1.0, 6.0]),
-    limit=st.integers(SMALL.cap_floor - SMALL.prune_interval, 60),
+    limit=st.integers(SMALL.cap_floor - SMALL.interval, 60),
     literal=st.booleans(),
 )
 def test_a_limit_holds_and_adapts_nothing(seed: int, power: float, limit: int, literal: bool) -> None:
@@ -441,7 +441,7 @@ def test_window_trim_loses_nothing_a_query_can_see(name: str, window: int) -> No
         for r, upcoming in enumerate(decode.next.tolist()):
             assert decode.positions[0][r] == list(range(max(0, upcoming - window + 1), upcoming))
             assert decode.positions[1][r] == list(range(upcoming))
-        for _ in range(config.prune_interval):
+        for _ in range(config.interval):
             decode.step()
 
 
