@@ -11,7 +11,20 @@ from torch import fx
 from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.passes.base import Note, PassResult, refuse
 from lethe_compile.passes.check import fake_mode_of
-from lethe_compile.passes.program import CACHED_OP, Program, Site, remove_dead, same_size, shape_of, source_of
+from lethe_compile.passes.program import (
+    CACHED_OP,
+    Program,
+    Site,
+    remove_dead,
+    same_size,
+    shape_of,
+    source_of,
+    with_caches,
+)
+from lethe_compile.passes.reading import sizes_of
+from lethe_compile.passes.rewrite_positions import refuse_other_counts
+
+aten = torch.ops.aten
 
 _PAGES, _PAGE, _MAX_PAGES = 8, 16, 4  # example sizes of the cache inputs; the op reads real ones when it runs
 
@@ -24,9 +37,14 @@ class InsertAttention:
     ``attention(q, k, v, k_pages, v_pages, slot_position, slot_mass, page_table, length, positions, new_lengths, …)``
 
     New inputs: `new_lengths`, for each page pool `k_pages_g`, `v_pages_g`, `slot_position_g`, `slot_mass_g`, and
-    `page_table`, `length` for all layers. Conditions: every site's mask is proved; nothing but masks read the input
-    `attention_mask`, which goes; and no matrix of tokens × tokens is left, as it would be by an attention that went
-    unrecognised.
+    `page_table`, `length` for all caches. Layers that attend to the same keys and values under the same mask share a
+    cache, to which the first of them appends.
+
+    The input `attention_mask` goes: what still reads it, such as a factor of hidden states, finds every token real, as
+    those in the cache are. ``attention_mask  =>  ones([batch, tokens])``
+
+    Conditions: every site's mask is proved; nothing counts the ones; and no matrix of tokens × tokens is left, as it
+    would be by an attention that went unrecognised.
 
     `decay` is RASR's gamma, None tracks no attention mass; `peak` scores by the largest probability instead of the sum.
     """
@@ -37,15 +55,18 @@ class InsertAttention:
     name: ClassVar[str] = "insert-attention"
 
     def run(self, program: Program) -> PassResult:
-        _drop_input(program, "attention_mask")
-        state = _add_inputs(program)
-        sites, notes = [], []
+        notes = _drop_padding(program)
         for site in program.sites:
             if site.mask is None:
                 raise refuse("its mask was not classified", program, site.layer)
+        program = replace(program, sites=with_caches(program.sites))
+        state = _add_inputs(program)
+        sites = []
+        for site in program.sites:
             node = _insert(program, site, state, (self.decay, self.peak))
             sites.append(replace(site, node=node))
-            notes.append(Note(node.name, f"cached in pool {site.cache_group}", site.layer))
+            owner = f", the cache of layer {program.caches[site.cache].layer}" if site.shares else ""
+            notes.append(Note(node.name, f"cached in pool {site.cache_group}{owner}", site.layer))
         remove_dead(program.graph)
         _refuse_token_matrices(program)
         program.module.recompile()
@@ -65,24 +86,29 @@ def _refuse_token_matrices(program: Program) -> None:
             )
 
 
-def _drop_input(program: Program, name: str) -> None:
-    node = program.placeholder(name)
-    if node is None:
-        return
+def _drop_padding(program: Program) -> list[Note]:
     remove_dead(program.graph)
-    if node.users:
-        user = next(iter(node.users))
-        raise UnsupportedGraphError(
-            f"the input {name} is read by '{user.name}', which is no attention mask",
-            node=user.name,
-            where=source_of(user) or None,
-        )
-    program.graph.erase_node(node)
+    padding = program.placeholder("attention_mask")
+    if padding is None:
+        return []
+    notes = []
+    if padding.users:
+        value = padding.meta["val"]
+        with program.graph.inserting_before(program.placeholders()[-1].next):
+            shape = sizes_of(program, shape_of(padding))
+            options = {"dtype": value.dtype, "device": value.device}
+            ones = program.graph.call_function(aten.ones.default, (shape,), options)
+        ones.meta["val"] = value
+        notes.append(Note(ones.name, f"no padding where {', '.join(user.name for user in padding.users)} reads it"))
+        padding.replace_all_uses_with(ones)
+    program.graph.erase_node(padding)
+    refuse_other_counts(program)
+    return notes
 
 
 def _add_inputs(program: Program) -> dict[str, fx.Node]:
     """The new placeholders by name, with example values for shape propagation."""
-    rows, layers = shape_of(program.input_ids)[0], len(program.sites)
+    rows, layers = shape_of(program.input_ids)[0], len(program.caches)
     dtype = program.sites[0].node.meta["val"].dtype
     shapes: dict[str, tuple[tuple[Any, ...], torch.dtype]] = {"new_lengths": ((rows,), torch.int32)}
     for site in program.sites:
@@ -112,7 +138,7 @@ def _insert(program: Program, site: Site, state: dict[str, fx.Node], score: tupl
     group = site.cache_group
     pool = [state[f"{name}_{group}"] for name in ("k_pages", "v_pages", "slot_position", "slot_mass")]
     tables = [state["page_table"], state["length"], program.placeholder("positions"), state["new_lengths"]]
-    options = (sinks, slopes, site.scale, mask.window, mask.chunked, site.softcap, site.layer, *score)
+    options = (sinks, slopes, site.scale, mask.window, mask.chunked, site.softcap, site.cache, *score, site.shares)
     with program.graph.inserting_before(site.node):
         node = program.graph.call_function(CACHED_OP, (query, key, value, *pool, *tables, *options))
     node.meta.update(site.node.meta)

@@ -79,8 +79,21 @@ def _longcat_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     return _combined(torch.where(passed[:, None], tokens, states), order, top_k_weights)
 
 
+def _phimoe_rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """A choice in Python between two scales by the greatest position, which is data."""
+    parameters = self.config.rope_parameters
+    inverse, scale = self.rope_init_fn(self.config)
+    if parameters["rope_type"] != "default":
+        beyond = position_ids.max() + 1 > parameters["original_max_position_embeddings"]
+        scale = torch.where(beyond, parameters["long_mscale"], parameters["short_mscale"])
+    angle = position_ids[:, :, None].float() * inverse.to(x.device, torch.float32)
+    angle = torch.cat([angle, angle], dim=-1)  # [B, T, head_dim]
+    return (angle.cos() * scale).to(x.dtype), (angle.sin() * scale).to(x.dtype)
+
+
 _PATCHES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("transformers.models.aria.modeling_aria", "sequential_experts_gemm", _aria_gemm),
     ("transformers.models.dbrx.modeling_dbrx", "DbrxExperts.forward", _dbrx_experts),
     ("transformers.models.longcat_flash.modeling_longcat_flash", "LongcatFlashExperts.forward", _longcat_experts),
+    ("transformers.models.phimoe.modeling_phimoe", "PhimoeRotaryEmbedding.forward", _phimoe_rotary),
 )
