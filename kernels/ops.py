@@ -84,13 +84,21 @@ def _attention(
     layer: int,
     decay: float | None,
     peak: bool = False,
+    shares: bool = False,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Cached attention of one layer; `page_table` and `length` hold all layers: ``[layers, rows, …]``.
+    """Cached attention of one layer; `page_table` and `length` hold all caches: ``[caches, rows, …]``, `layer` is its.
 
-    Other shapes and the effects on the state are those of `kernels.attention.reference.attention`.
+    Other shapes and the effects on the state are those of `kernels.attention.reference.attention`. A layer that
+    `shares` the cache comes after the one that has appended the new tokens: it writes the same to the same slots again,
+    `length` stays, and what it attends to adds to the slots' mass of this step.
     """
     table, retained = page_table[layer], length[layer]
+    first = None
+    if shares:
+        retained = retained - new_lengths
+        if decay is not None:
+            first, decay = _mass_of_new(slot_mass, table, retained, new_lengths, query.shape[2], peak), 1.0
     kernel: Callable[..., Tensor] = reference.attention
     if query.is_cpu and cpu.serves(query, k_pages, v_pages, table, retained + new_lengths):
         kernel = cpu.attention
@@ -99,7 +107,7 @@ def _attention(
         from lethe_compile.kernels.prefill import triton as prefill
 
         kernel = decode.attention if query.shape[2] == 1 else prefill.attention
-    return kernel(
+    out = kernel(
         query,
         key,
         value,
@@ -121,6 +129,26 @@ def _attention(
         peak=peak,
         **({} if bias is None else {"bias": bias}),
     )
+    if first is not None:
+        slots, mass = first
+        slot_mass.view(-1).scatter_reduce_(0, slots, mass, "amax" if peak else "sum")
+    return out
+
+
+def _mass_of_new(
+    slot_mass: Tensor, table: Tensor, retained: Tensor, new_lengths: Tensor, steps: int, peak: bool
+) -> tuple[Tensor, Tensor]:
+    """Where the new tokens of all rows lie among all slots, and their mass, both ``[rows * steps]``.
+
+    To append them again clears it. Padding lies anywhere, with a mass that changes none.
+    """
+    pages, page = slot_mass.shape
+    step = torch.arange(steps, device=table.device)
+    slot = retained[:, None] + step  # [rows, steps]
+    at = table.gather(1, (slot // page).clamp(max=table.shape[1] - 1).long()).clamp(0, pages - 1)
+    slots = (at * page + slot % page).long().flatten()
+    padding = (step >= new_lengths[:, None]).flatten()
+    return slots, slot_mass.view(-1)[slots].masked_fill(padding, float("-inf") if peak else 0.0)
 
 
 def _output(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:

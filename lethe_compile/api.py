@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lethe_compile.capture import capture
+from lethe_compile.capture.causality import causality_told
 from lethe_compile.config import LetheConfig
 from lethe_compile.executor import choose_backend, warm_up_compiler
 from lethe_compile.memory import check_kv_memory
@@ -73,7 +74,8 @@ def optimize(
     device = captured.program.device
     own_cache = captured.program.step is not None
     passes = pipeline(rule.decay, rule.peak, fuse=device.type == "cuda", own_cache=own_cache)
-    result = run_pipeline(captured.program, passes)
+    with causality_told(captured.original, device):
+        result = run_pipeline(captured.program, passes)
     stateful, content = bool(result.program.stateful), result.program.content
     chosen = choose_backend(backend, device, stateful=stateful, content=content)
     fast = OptimizedModel(
@@ -86,7 +88,9 @@ def optimize(
         hf_config=getattr(model, "config", None),
         backend=chosen,
     )
+    fast.restart_at = captured.restart_at
     if verified:
-        verify(captured.original, fast)
+        with causality_told(captured.original, device):
+            verify(captured.original, fast)
     fast.kv_memory = kv_memory  # from here on: what is verified holds next to nothing
     return fast.eval()

@@ -63,6 +63,7 @@ class LayerReport:
     sinks: bool
     content: bool  # the mask also depends on the content of the sequence
     pool: int
+    cache_of: int  # the layer whose cache it attends to: itself, or an earlier one
     bytes_per_token: int
 
 
@@ -103,7 +104,8 @@ class Report(_Printable):
         page_size: int,
     ) -> Report:
         """Gather the report from the passes' records and the sites they left."""
-        layers = tuple(_layer(site, dtype) for site in sites)
+        owners = [site.layer for site in sites if not site.shares]
+        layers = tuple(_layer(site, owners[site.cache], dtype) for site in sites)
         states = tuple(map(_state, stateful))
         return cls(tuple(records), layers, states, config, *backend, _short(dtype), str(device), page_size)
 
@@ -162,7 +164,8 @@ class Report(_Printable):
         for layer in self.layers:
             dims = str(layer.k_dim) if layer.k_dim == layer.v_dim else f"{layer.k_dim}/{layer.v_dim}"
             heads = f"{layer.heads}/{layer.kv_heads}"  # query heads over KV heads
-            size = f"{layer.bytes_per_token:,}"
+            shared = layer.cache_of != layer.layer
+            size = f"layer {layer.cache_of}'s" if shared else f"{layer.bytes_per_token:,}"
             table.add_row(str(layer.layer), layer.name, layer.found_by, heads, dims, _mask_words(layer), size)
         return table
 
@@ -170,6 +173,8 @@ class Report(_Printable):
 @dataclass(frozen=True)
 class CacheStats(_Printable):
     """The cache of one generation. Nested lists are ``[layers][rows]``, `seen` is ``[rows]``.
+
+    Layers are those with a cache of their own: others that attend to the same keys and values are no part of the count.
 
     Bytes are of the pages that hold keys and values; `bytes_freed` counts pages that rounds emptied, by layer and row.
     `sparsity` is Hoyer's measure of the scores when a round last looked, NaN where none has.
@@ -228,8 +233,9 @@ def _mask_words(layer: LayerReport) -> str:
     return f"{layer.mask}{window}{content}{softcap}{', sinks' if layer.sinks else ''}"
 
 
-def _layer(site: Site, dtype: torch.dtype) -> LayerReport:
+def _layer(site: Site, cache_of: int, dtype: torch.dtype) -> LayerReport:
     assert site.mask is not None, "a site is only inserted once its mask is proved"
+    size = 0 if site.shares else Geometry(*site.geometry).bytes_per_token(dtype)
     return LayerReport(
         layer=site.layer,
         name=site.name,
@@ -245,7 +251,8 @@ def _layer(site: Site, dtype: torch.dtype) -> LayerReport:
         sinks=site.sinks,
         content=site.content,
         pool=site.cache_group,
-        bytes_per_token=Geometry(*site.geometry).bytes_per_token(dtype),
+        cache_of=cache_of,
+        bytes_per_token=size,
     )
 
 

@@ -26,6 +26,7 @@ from lethe_compile.policies.base import RoundState
 from lethe_compile.policies.full import FullPolicy
 from lethe_compile.prompt import check_ids
 from lethe_compile.report import CacheStats, Report
+from lethe_compile.restart import Text, text_of
 from lethe_compile.states import States
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _ATTEMPTS = 4  # to reserve pages; each but the first after a round that prunes 
 class Round:
     """What one round did to one layer: handed to the callbacks in `OptimizedModel.on_round`."""
 
-    layer: int
+    layer: int  # an attention of the graph; those that share a cache hear of the same
     position: Tensor  # [rows, N] int32 stored positions before the round, -1 beyond a row's length
     keep: Tensor  # [rows, N] bool: what stays
     next_position: Tensor  # [rows] int64: the first position whose query sees the result
@@ -49,6 +50,7 @@ class OptimizedModel(nn.Module):
     """A decoder compiled by `optimize`: same inputs, same outputs, and a cache that is pruned while it generates.
 
     Attributes:
+        sites, caches: the attentions of the graph, and those of them that have a cache of their own.
         graph_module: the rewritten graph; its weights are the original model's own tensors.
         backend: how it runs, and why; see `executor.choose_backend`.
         config: the `LetheConfig` in force.
@@ -60,6 +62,8 @@ class OptimizedModel(nn.Module):
         hf_config: the original's transformers config, where it has one.
         give_way: ends the session of `as_hf()` that holds the cache; None while another generation does, or none.
         vocab_size, max_positions: limits on inputs; `max_positions` is None where the model has none.
+        restart_at: tokens beyond which a generation computes all keys and values anew, once, as transformers does where
+            rotary frequencies change with the length; None where they do not.
     """
 
     def __init__(
@@ -80,7 +84,7 @@ class OptimizedModel(nn.Module):
         self.backend = backend
         self._executor = Executor(program, compiled=backend[0] != "eager")
         self._graphs: dict[int, DecodeGraph] = {}  # by rows
-        self.graph_module, self.sites = program.module, program.sites
+        self.graph_module, self.sites, self.caches = program.module, program.sites, program.caches
         self.stateful, self._content = program.stateful, program.content
         self.stateful_modules = nn.ModuleList(call.module for call in program.stateful)
         config = replace(config, prune_interval=config.interval_on(self._device.type))
@@ -89,6 +93,7 @@ class OptimizedModel(nn.Module):
         self.generation_config, self.hf_config = generation_config, hf_config
         self.kv_memory: int | float | None = None
         self._allowed_by: int | float | None = None  # the `kv_memory` behind `cache.max_bytes`
+        self.restart_at: int | None = None
         self.on_round: list[Callable[[Round], None]] = []
         self.give_way: Callable[[], object] | None = None
         self._records = records
@@ -97,7 +102,7 @@ class OptimizedModel(nn.Module):
         self._page_bytes = np.array(tokens, np.int64)[:, None] * self.page_size  # [layers, 1]
         self.cache, self.states = self._new_cache(), States(self.stateful, self._device)
         self._generating, self._rows = False, 0
-        self.policy.begin(len(self.sites), 0)
+        self.policy.begin(len(self.caches), 0)
         self._reset(torch.zeros(0, dtype=torch.int64))
 
     @property
@@ -189,7 +194,7 @@ class OptimizedModel(nn.Module):
             raise InputError(f"{rows} sequences do not fit: {error}") from error
         self.states.begin(len(prompt_lengths))
         self._generating = True
-        self.policy.begin(len(self.sites), len(prompt_lengths))
+        self.policy.begin(len(self.caches), len(prompt_lengths))
         self._reset(prompt_lengths, new_tokens)
 
     def _bucket(self, rows: int) -> int:
@@ -236,7 +241,8 @@ class OptimizedModel(nn.Module):
             self._next_position = torch.zeros_like(self._prompt_lengths)
         self._new_tokens = new_tokens
         self._live = np.zeros(len(prompt_lengths), np.int64)  # 1 for a row that may take part in the next steps
-        self._ledger = Ledger(len(self.sites), len(prompt_lengths))
+        self._ledger = Ledger(len(self.caches), len(prompt_lengths))
+        self._text: Text | None = None
         self._until_round = self._furthest = 0
 
     @torch.no_grad()
@@ -256,6 +262,7 @@ class OptimizedModel(nn.Module):
         self.states.has_previous_state = True
         self._next_position.copy_(padded)
         self._ledger.prefill(prompts, self.cache.pages_held())
+        self._text = text_of(input_ids, int(prompts.max(initial=0)), self.restart_at)
         self._round(padded > 0)
         return logits if whole else logits[:, 0]
 
@@ -317,6 +324,8 @@ class OptimizedModel(nn.Module):
 
         A row that was not active once must not be so again: between rounds the host does not ask.
         """
+        if self._text is not None and self._text.add(tokens.masked_fill(~active, 0), self._next_position[: self._rows]):
+            return self._restart(self._text.ids, active)
         if self._until_round == 0:
             self._round(_padded(active, self.cache.rows))
         self._until_round -= 1
@@ -333,6 +342,27 @@ class OptimizedModel(nn.Module):
             self._next_position += active
         self._ledger.step()
         return logits
+
+    def _restart(self, ids: Tensor, active: Tensor) -> Tensor:
+        """Fill the cache anew from the whole text ``[rows, T]`` of rows that are `active`, as `decode` would go on."""
+        self._observe()
+        lengths = (self._next_position[: self._rows] + 1).masked_fill(~active, 0)
+        filled = _padded(lengths, self.cache.rows)
+        tokens = filled.cpu().numpy().astype(np.int64)
+        self.cache.end()
+        self.states.begin(self.cache.rows)
+        self.policy.begin(len(self.caches), self.cache.rows)
+        self.cache.reserve_rows(tokens)
+        self.cache.assume(tokens)
+        positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
+        last = (lengths - 1).clamp(min=0)
+        logits = self._run(self.cache, self.states, ids, positions, lengths, last).float()
+        self.states.has_previous_state = True
+        self._next_position += filled > 0
+        self._text = None
+        self._ledger.step()
+        self._round(filled > 0)
+        return logits[:, 0]
 
     def end(self) -> None:
         """Give all pages back. Part of `generation.Decoder`."""
@@ -413,8 +443,8 @@ class OptimizedModel(nn.Module):
 
     def _tell(self, state: RoundState, keep: Tensor) -> None:
         lost = (keep.sum(2) < state.length).any(1).tolist()
-        for layer in [layer for layer, any_lost in enumerate(lost) if any_lost]:
-            event = Round(layer, state.position[layer], keep[layer], state.next_position.clone())
+        for site in [site for site in self.sites if lost[site.cache]]:
+            event = Round(site.layer, state.position[site.cache], keep[site.cache], state.next_position.clone())
             for callback in self.on_round:
                 callback(event)
 
@@ -443,10 +473,10 @@ class OptimizedModel(nn.Module):
 
     @property
     def _windows(self) -> tuple[int | None, ...]:
-        return tuple(site.mask.window if site.mask else None for site in self.sites)
+        return tuple(site.mask.window if site.mask else None for site in self.caches)
 
     def _geometries(self) -> list[Geometry]:
-        return [Geometry(*site.geometry) for site in self.sites]
+        return [Geometry(*site.geometry) for site in self.caches]
 
     def _new_cache(self) -> KVCache:
         return KVCache(self._geometries(), page_size=self.page_size, dtype=self._dtype, device=self._device)

@@ -11,7 +11,6 @@ from torch import fx
 from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.passes.base import Note, PassResult, refuse
 from lethe_compile.passes.check import fake_mode_of
-from lethe_compile.passes.padding import keep_tokens
 from lethe_compile.passes.program import (
     CACHED_OP,
     COLUMNS_OP,
@@ -25,7 +24,12 @@ from lethe_compile.passes.program import (
     same_size,
     shape_of,
     source_of,
+    with_caches,
 )
+from lethe_compile.passes.reading import sizes_of
+from lethe_compile.passes.rewrite_positions import refuse_other_counts
+
+aten = torch.ops.aten
 
 _PAGES, _PAGE, _MAX_PAGES = 8, 16, 4  # example sizes of the cache inputs; the op reads real ones when it runs
 
@@ -41,9 +45,14 @@ class InsertAttention:
     ``visible_site(ids, seen, …)``  =>  ``visible(slot_position, …, seen, …)``
 
     New inputs: `new_lengths`, for each page pool `k_pages_g`, `v_pages_g`, `slot_position_g`, `slot_mass_g`, and
-    `page_table`, `length` for all layers. Conditions: every site's mask is proved; nothing but masks read the input
-    `attention_mask`, which goes; and no matrix of tokens × tokens is left, as it would be by an attention that went
-    unrecognised.
+    `page_table`, `length` for all caches. Layers that attend to the same keys and values under the same mask share a
+    cache, to which the first of them appends.
+
+    The input `attention_mask` goes: what still reads it, such as a factor of hidden states, finds every token real, as
+    those in the cache are. ``attention_mask  =>  ones([batch, tokens])``
+
+    Conditions: every site's mask is proved; nothing counts the ones; and no matrix of tokens × tokens is left, as it
+    would be by an attention that went unrecognised.
 
     `decay` is RASR's gamma, None tracks no attention mass; `peak` scores by the largest probability instead of the sum.
     """
@@ -54,17 +63,19 @@ class InsertAttention:
     name: ClassVar[str] = "insert-attention"
 
     def run(self, program: Program) -> PassResult:
-        keep_tokens(program)
-        _drop_input(program, "attention_mask")
-        state = _add_inputs(program)
-        columns = _columns(program, state)
-        sites, notes = [], []
+        notes = _drop_padding(program)
         for site in program.sites:
             if site.mask is None:
                 raise refuse("its mask was not classified", program, site.layer)
+        program = replace(program, sites=with_caches(program.sites))
+        state = _add_inputs(program)
+        columns = _columns(program, state)
+        sites = []
+        for site in program.sites:
             node = _insert(program, site, state, columns.get(site.layer, []), (self.decay, self.peak))
             sites.append(replace(site, node=node))
-            notes.append(Note(node.name, f"cached in pool {site.cache_group}", site.layer))
+            owner = f", the cache of layer {program.caches[site.cache].layer}" if site.shares else ""
+            notes.append(Note(node.name, f"cached in pool {site.cache_group}{owner}", site.layer))
         remove_dead(program.graph)
         _refuse_token_matrices(program)
         program.module.recompile()
@@ -84,24 +95,29 @@ def _refuse_token_matrices(program: Program) -> None:
             )
 
 
-def _drop_input(program: Program, name: str) -> None:
-    node = program.placeholder(name)
-    if node is None:
-        return
+def _drop_padding(program: Program) -> list[Note]:
     remove_dead(program.graph)
-    if node.users:
-        user = next(iter(node.users))
-        raise UnsupportedGraphError(
-            f"the input {name} is read by '{user.name}', which is no attention mask",
-            node=user.name,
-            where=source_of(user) or None,
-        )
-    program.graph.erase_node(node)
+    padding = program.placeholder("attention_mask")
+    if padding is None:
+        return []
+    notes = []
+    if padding.users:
+        value = padding.meta["val"]
+        with program.graph.inserting_before(program.placeholders()[-1].next):
+            shape = sizes_of(program, shape_of(padding))
+            options = {"dtype": value.dtype, "device": value.device}
+            ones = program.graph.call_function(aten.ones.default, (shape,), options)
+        ones.meta["val"] = value
+        notes.append(Note(ones.name, f"no padding where {', '.join(user.name for user in padding.users)} reads it"))
+        padding.replace_all_uses_with(ones)
+    program.graph.erase_node(padding)
+    refuse_other_counts(program)
+    return notes
 
 
 def _add_inputs(program: Program) -> dict[str, fx.Node]:
     """The new placeholders by name, with example values for shape propagation."""
-    rows, layers = shape_of(program.input_ids)[0], len(program.sites)
+    rows, layers = shape_of(program.input_ids)[0], len(program.caches)
     dtype = program.sites[0].node.meta["val"].dtype
     shapes: dict[str, tuple[tuple[Any, ...], torch.dtype]] = {"new_lengths": ((rows,), torch.int32)}
     for site in program.sites:
@@ -138,9 +154,9 @@ def _columns(program: Program, state: dict[str, fx.Node]) -> dict[int, list[fx.N
         if is_call(node, COLUMNS_SITE_OP):
             new, _, _, offset = node.args
             found.setdefault(layer, []).append(new)  # made in the order of their offsets
-            call: tuple[Any, ...] = (COLUMNS_OP, (new, k_pages, *rest, site.k_dim, offset, layer))
+            call: tuple[Any, ...] = (COLUMNS_OP, (new, k_pages, *rest, site.k_dim, offset, site.cache))
         else:
-            call = (VISIBLE_OP, (*rest, node.args[2], node.args[3], layer))
+            call = (VISIBLE_OP, (*rest, node.args[2], node.args[3], site.cache))
         with graph.inserting_before(node):
             inserted = graph.call_function(*call)
         node.replace_all_uses_with(inserted)
@@ -150,7 +166,7 @@ def _columns(program: Program, state: dict[str, fx.Node]) -> dict[int, list[fx.N
 
 def _with_columns(program: Program, site: Site, columns: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
     """Query and key of a site, the values to cache behind the key, and behind the query zeros that leave scores be."""
-    graph, aten, ids = program.graph, torch.ops.aten, program.input_ids
+    graph, ids = program.graph, program.input_ids
     query, key = (n for n in site.node.args[:2] if isinstance(n, fx.Node))
     if not columns:
         return query, key
@@ -180,8 +196,8 @@ def _insert(
     group = site.cache_group
     pool = [state[f"{name}_{group}"] for name in ("k_pages", "v_pages", "slot_position", "slot_mass")]
     tables = [state["page_table"], state["length"], program.placeholder("positions"), state["new_lengths"]]
-    bands = (site.scale, mask.window, mask.chunked, site.softcap, site.layer)
-    options: tuple[Any, ...] = (sinks, slopes, *bands, *score, *([bias] if site.content else []))
+    bands = (site.scale, mask.window, mask.chunked, site.softcap, site.cache)
+    options: tuple[Any, ...] = (sinks, slopes, *bands, *score, site.shares, *([bias] if site.content else []))
     with program.graph.inserting_before(site.node):
         query, key = _with_columns(program, site, columns)
         node = program.graph.call_function(CACHED_OP, (query, key, value, *pool, *tables, *options))

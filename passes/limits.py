@@ -31,13 +31,20 @@ def max_positions(program: Program, config: Any = None) -> int | None:
     """Tokens that a sequence may have: None without a limit.
 
     The least of the rows of learned position tables, of the sizes of stored masks, of the room in a static cache of the
-    graph's own, and of what a Hugging Face `config` says.
+    graph's own, and of what a Hugging Face `config` says, times the factor by which "dynamic" rotary embeddings stretch
+    that.
     """
     limits = [*_position_tables(program), *(s.mask.longest for s in program.sites if s.mask and s.mask.longest)]
     limits += [program.longest] if program.longest is not None else []
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     stated = getattr(text, "max_position_embeddings", None)
-    return min([*limits, *([stated] if isinstance(stated, int) else [])], default=None)
+    return min([*limits, *([int(stated * _stretch(text))] if isinstance(stated, int) else [])], default=None)
+
+
+def _stretch(config: Any) -> float:
+    rope = getattr(config, "rope_parameters", None) or {}
+    parameters = [rope, *(inner for inner in rope.values() if isinstance(inner, dict))]  # one for each kind of layer
+    return max((float(p["factor"]) for p in parameters if "dynamic" in str(p.get("rope_type"))), default=1.0)
 
 
 def _position_tables(program: Program) -> Iterator[int]:

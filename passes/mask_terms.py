@@ -17,6 +17,7 @@ from lethe_compile.passes.program import (
     argument,
     is_call,
     is_symbolic,
+    operand,
     same_size,
     shape_of,
 )
@@ -63,7 +64,13 @@ def _zero(program: Program) -> fx.Node:
 
 
 def _broadcastable(program: Program, node: fx.Node, heads: int) -> fx.Node:
-    """A term of rank 3 that counts batch and heads in one, ``[batch * heads, …]``, with both apart."""
+    """A term of rank 3 that counts batch and heads in one, ``[batch * heads, …]``, with both apart.
+
+    A term expanded to the size of the scores is what it was before: ``expand_as(mask, scores)`` would have the mask
+    read everything that the scores are made from.
+    """
+    while is_call(node, aten.expand_as, aten.expand) and len(shape_of(operand(node))) == len(shape_of(node)):
+        node = as_node(operand(node))
     shape, batch = shape_of(node), shape_of(program.input_ids)[0]
     if len(shape) == 3 and is_symbolic(shape[0]) and not same_size(shape[0], batch):
         own = quotient(shape[0], batch)

@@ -67,6 +67,8 @@ class Site:
     content: bool = False  # the bias is an operand by position, computed from the tokens of the sequence
     columns: int = 0  # numbers cached beside each key for that
     cache_group: int = 0  # which page pool: layers of one geometry share one
+    cache: int = 0  # which cache, of those that layers have of their own
+    shares: bool = False  # it attends to the cache of an earlier layer, whose keys and values are its own too
 
     @property
     def geometry(self) -> tuple[int, int, int]:
@@ -128,6 +130,11 @@ class Program:
         return list(self.graph.find_nodes(op="placeholder"))
 
     @property
+    def caches(self) -> tuple[Site, ...]:
+        """The sites with a cache of their own, in order; once attention is inserted."""
+        return tuple(site for site in self.sites if not site.shares)
+
+    @property
     def input_ids(self) -> fx.Node:
         node = self.placeholder("input_ids")
         assert node is not None, "capture names the token ids 'input_ids'"
@@ -149,6 +156,19 @@ def with_cache_groups(sites: Sequence[Site]) -> tuple[Site, ...]:
     """Number the page pools: layers of one KV geometry share a pool."""
     groups: dict[tuple[int, int, int], int] = {}
     return tuple(replace(s, cache_group=groups.setdefault(s.geometry, len(groups))) for s in sites)
+
+
+def with_caches(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Number the caches: sites that attend to the very same keys and values, under the same mask, share one."""
+    owners: dict[tuple[Any, ...], int] = {}
+    numbered = []
+    for site in sites:
+        assert site.mask is not None, "masks are proved first"
+        own = site.layer if site.content else None  # what its mask reads is cached beside the keys, and read before
+        cached = (*site.node.args[1:3], site.mask.window, site.mask.chunked, own)
+        shares, cache = cached in owners, owners.setdefault(cached, len(owners))
+        numbered.append(replace(site, cache=cache, shares=shares))
+    return tuple(numbered)
 
 
 def is_call(node: Any, *targets: Any) -> bool:

@@ -72,12 +72,12 @@ class RewritePositions:
             _map_over_rows(program, counters, fixed)
             notes += [Note(n.name, "counted the tokens of the input: now per row") for n in counters]
         remove_dead(program.graph)
-        _refuse_other_counts(program)
+        refuse_other_counts(program)
         program.module.recompile()
         return PassResult(program, tuple(notes))
 
 
-def _refuse_other_counts(program: Program) -> None:
+def refuse_other_counts(program: Program) -> None:
     """Refuse what depends on the number of tokens and is no count of them, such as ``arange(0, 2 * T, 2)``.
 
     A tensor made from sizes alone must be the same for each token, whatever their number; a size may only be a shape.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 import lethe_compile as lethe
 from lethe_compile.capture import capture
 from lethe_compile.errors import InputError, UnsupportedGraphError
+from lethe_compile.models.architectures import build
 from lethe_compile.models.plain_decoder import PlainDecoder, plain
 from lethe_compile.models.tiny import tiny
 
@@ -225,6 +227,18 @@ def last_logits() -> nn.Module:
     return Last().eval()
 
 
+class Averaged(PlainDecoder):
+    """Each token is joined by the mean of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eval()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = super().forward(tokens)
+        return logits + logits.mean(1, keepdim=True)
+
+
 def unknown_input() -> nn.Module:
     class Tempered(PlainDecoder):
         def forward(self, tokens: Tensor, temperature: Tensor) -> Tensor:
@@ -236,7 +250,10 @@ def unknown_input() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (masked_language_model, "not causal"),
+        (masked_language_model, r"the model is not causal: later tokens .*its attention is not causal: a query sees"),
+        (partial(build, "cpmant"), r"the model is not causal: later tokens .*cannot be exported"),
+        (Averaged, r"the model is not causal: later tokens .*computes something else"),
+        (partial(build, "xlm"), r"XLMWithLMHeadModel 10 tokens where the text has 9, and predicts in the place of one"),
         (encoder, "BertModel gives no logits"),
         (encoder_decoder, "T5ForConditionalGeneration is an encoder-decoder"),
         (recurrent, "no attention was found|cannot be exported"),
@@ -247,6 +264,16 @@ def unknown_input() -> nn.Module:
 def test_what_is_no_decoder_is_refused(make: Callable[[], nn.Module], reason: str) -> None:
     with pytest.raises(UnsupportedGraphError, match=reason):
         lethe.optimize(make())
+
+
+def test_what_cannot_be_exported_names_the_models_line() -> None:
+    class Branching(PlainDecoder):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(tokens) * (2 if tokens.sum() > 7 else 1)
+
+    with pytest.raises(UnsupportedGraphError, match="cannot be exported: GuardOnDataDependent") as refused:
+        capture(Branching().eval())
+    assert "test_capture.py" in str(refused.value.where) and "if tokens.sum() > 7" in str(refused.value.where)
 
 
 def test_an_input_without_a_role_is_refused() -> None:

@@ -55,7 +55,8 @@ def test_another_mixer_of_tokens_is_found_by_decoding() -> None:
 
 def test_positions_left_as_they_were_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lethe_compile.passes.rewrite_positions.counts_tokens", lambda *options: False)
-    monkeypatch.setattr("lethe_compile.passes.rewrite_positions._refuse_other_counts", lambda program: None)
+    for module in ("rewrite_positions", "insert_attention"):
+        monkeypatch.setattr(f"lethe_compile.passes.{module}.refuse_other_counts", lambda program: None)
     with pytest.raises(UnsupportedGraphError, match="3 of them step by step"):
         lethe.optimize(plain())
 

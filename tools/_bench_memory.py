@@ -79,7 +79,7 @@ def largest_batch(fast: OptimizedModel, tokens: int) -> int:
 
     Lethe's is counted by its cap, not by the fewer tokens to which it would prune under pressure.
     """
-    budget, layers = fast.kv_memory, len(fast.sites)
+    budget, layers = fast.kv_memory, len(fast.caches)
     assert isinstance(budget, int)
     one = fast.cache.bytes_for(np.full((layers, 1), tokens, np.int64))  # every sequence takes whole pages of its own
     if one > budget:

@@ -119,7 +119,7 @@ def ours(fast: OptimizedModel, rows: int, length: int, steps: int, *, pruned: bo
     with ExitStack() as stack:
         stack.callback(setattr, fast, "kv_memory", fast.kv_memory)
         if fast.device.type == "cuda":  # pools of just the size that this needs, whatever ran before
-            fast.kv_memory = fast.cache.bytes_for(np.full((len(fast.sites), rows), room, np.int64))
+            fast.kv_memory = fast.cache.bytes_for(np.full((len(fast.caches), rows), room, np.int64))
         if not pruned:
             stack.enter_context(fast.unpruned())
         fast.begin(rows, torch.full((rows,), prompt, device=fast.device), length - prompt + steps)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +37,8 @@ class Captured:
     program: Program
     original: Callable[[Mapping[str, Tensor]], Tensor]
     """Logits ``[B, T, vocab]`` of the unchanged model from inputs by role: input_ids, position_ids, attention_mask."""
+    restart_at: int | None = None
+    """Tokens beyond which transformers' `generate` fills the model's cache anew, once; see `capture.rope`."""
 
 
 @contextmanager
@@ -121,8 +126,17 @@ def export(model: nn.Module, example: Mapping[str, Any]) -> torch.export.Exporte
     except Exception as error:  # torch.export raises many kinds; each means that there is no graph to work on
         raise UnsupportedGraphError(
             f"the model cannot be exported: {type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            where=_line_of(error),
             hint="pass example_inputs if its signature is not (input_ids[, positions])",
         ) from error
+
+
+def _line_of(error: BaseException) -> str | None:
+    """The model's own line that an error came through: the innermost that is neither torch's nor ours."""
+    ours = tuple(str(Path(module.__file__ or "").resolve().parent) for module in (torch, sys.modules["lethe_compile"]))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not str(Path(frame.filename).resolve()).startswith(ours)]
+    return f'File "{own[-1].filename}", line {own[-1].lineno}, in {own[-1].name}: {own[-1].line}' if own else None
 
 
 def to_program(

@@ -136,10 +136,23 @@ def _qwen4_selected(
     return torch.zeros_like(attention_mask).masked_fill(~selected[:, None], lowest)
 
 
+def _phimoe_rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """A choice in Python between two scales by the greatest position, which is data."""
+    parameters = self.config.rope_parameters
+    inverse, scale = self.rope_init_fn(self.config)
+    if parameters["rope_type"] != "default":
+        beyond = position_ids.max() + 1 > parameters["original_max_position_embeddings"]
+        scale = torch.where(beyond, parameters["long_mscale"], parameters["short_mscale"])
+    angle = position_ids[:, :, None].float() * inverse.to(x.device, torch.float32)
+    angle = torch.cat([angle, angle], dim=-1)  # [B, T, head_dim]
+    return (angle.cos() * scale).to(x.dtype), (angle.sin() * scale).to(x.dtype)
+
+
 _PATCHES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("transformers.models.aria.modeling_aria", "sequential_experts_gemm", _aria_gemm),
     ("transformers.models.dbrx.modeling_dbrx", "DbrxExperts.forward", _dbrx_experts),
     ("transformers.models.doge.modeling_doge", "DogeAttention.prepare_dynamic_mask", _doge_mask),
     ("transformers.models.qwen4_exp.modeling_qwen4_exp", "Qwen4ExpTextQSAIndexer.forward", _qwen4_selected),
     ("transformers.models.longcat_flash.modeling_longcat_flash", "LongcatFlashExperts.forward", _longcat_experts),
+    ("transformers.models.phimoe.modeling_phimoe", "PhimoeRotaryEmbedding.forward", _phimoe_rotary),
 )

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lethe_compile.capture.causality import causality_told
 from lethe_compile.capture.graph import EXAMPLE_TOKENS, ROLES, Captured, evaluating, example_ids, export, to_program
 from lethe_compile.capture.patches import patched
+from lethe_compile.capture.rope import restart_length, rope_captured
 from lethe_compile.capture.softmaxes import attentions
 from lethe_compile.capture.stateful import find_stateful, stateful_captured
 from lethe_compile.errors import UnsupportedGraphError
@@ -26,7 +28,8 @@ def capture_transformers(model: Any) -> Captured:
     """Capture a `PreTrainedModel` with a language-model head.
 
     Raises:
-        UnsupportedGraphError: it is no decoder, cannot be exported, or asks of its attention what is not understood.
+        UnsupportedGraphError: it is no decoder, cannot be exported, asks of its attention what is not understood, or
+            is shown more by transformers' `generate` than the text.
     """
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
@@ -37,21 +40,40 @@ def capture_transformers(model: Any) -> Captured:
     positions = torch.arange(EXAMPLE_TOKENS, device=ids.device).expand_as(ids).contiguous()
     example = {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
     wrapped = _Logits(model)
-    with _eager_attention(model):
-        found = find_stateful(model, wrapped.with_cache)
-        expected = attentions(wrapped.on_ids, ids.new_ones(2, _COUNTED)) or None
-    with _attention_captured(model), stateful_captured(found), patched():
-        exported = export(wrapped, example)
 
     def original(inputs: Mapping[str, Tensor]) -> Tensor:
         with evaluating(model), _eager_attention(model):
             logits: Tensor = wrapped(**inputs)
             return logits
 
+    with causality_told(original, ids.device):
+        _refuse_added_tokens(model, ids)
+        with _eager_attention(model), rope_captured(model):
+            found = find_stateful(model, wrapped.with_cache)
+            expected = attentions(wrapped.on_ids, ids.new_ones(2, _COUNTED)) or None
+        with _attention_captured(model), stateful_captured(found), rope_captured(model), patched():
+            exported = export(wrapped, example)
     program = to_program(exported, {role: role for role in ROLES}, expected)
     program = replace(program, stateful=tuple(site.call for site in found.sites))
     _name_from_the_model(program.graph)
-    return Captured(program, original)
+    return Captured(program, original, restart_length(model))
+
+
+def _refuse_added_tokens(model: Any, ids: Tensor) -> None:
+    """Transformers' `generate` may predict in the place of a token that it adds to the text, and does not keep."""
+    prepare = getattr(model, "prepare_inputs_for_generation", None)
+    if prepare is None:
+        return
+    try:
+        given = prepare(ids, attention_mask=torch.ones_like(ids), use_cache=False)["input_ids"]
+    except (AttributeError, KeyError, TypeError):  # code outside transformers that asks for more: nothing to learn here
+        return
+    if given.shape != ids.shape:
+        raise UnsupportedGraphError(
+            f"transformers' generate gives {type(model).__name__} {given.shape[1]} tokens where the text has"
+            f" {ids.shape[1]}, and predicts in the place of one that it adds",
+            hint="generate with the model itself",
+        )
 
 
 class _Logits(nn.Module):

@@ -408,6 +408,33 @@ def test_steps_equal_one_prefill() -> None:
         torch.testing.assert_close(t[name], want_state[name], rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("peak", [False, True])
+@pytest.mark.parametrize("new", [(1, 1, 1), (3, 0, 6)])
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_a_layer_that_shares_the_cache_appends_nothing(new: tuple[int, ...], decay: float | None, peak: bool) -> None:
+    """It attends as if it had appended, and what it attends to joins the mass that the first layer has faded."""
+    inputs = build(Case(new=new, decay=decay, peak=peak, window=9, sinks=True))
+    first_out, first = inputs.call(torch.ops.lethe.attention)
+    query = torch.randn_like(inputs.tensors["query"])
+    alone = Inputs(inputs.case, {**inputs.tensors, "query": query}, inputs.rows)
+    want, own = alone.call(torch.ops.lethe.attention)
+
+    both = {name: tensor.clone() for name, tensor in first.items()}
+    out = torch.ops.lethe.attention(**{**inputs.tensors, **both, "query": query}, layer=LAYER, shares=True)
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(out, first_out)
+    for name in ("k_pages", "v_pages", "slot_position", "page_table", "length"):
+        torch.testing.assert_close(both[name], first[name], rtol=0, atol=0, equal_nan=True)
+    for row, (old, fed) in enumerate(zip(inputs.case.old, new, strict=True)):
+        for j in range(old + fed):
+            at = int(inputs.tensors["page_table"][LAYER, row, j // 4]), j % 4
+            before = float(inputs.tensors["slot_mass"][at]) if j < old else 0.0
+            faded = before * (decay or 1.0) if fed else before
+            one, other = float(first["slot_mass"][at]), float(own["slot_mass"][at])
+            joined = one if decay is None else max(one, other) if peak else one + other - faded
+            assert float(both["slot_mass"][at]) == pytest.approx(joined, rel=1e-5, abs=1e-6)
+
+
 def test_no_rows() -> None:
     tensors = build(Case()).tensors
     for name in ("query", "key", "value", "positions", "new_lengths"):

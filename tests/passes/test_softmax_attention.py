@@ -89,6 +89,9 @@ KNOWN: dict[str, Attend] = {
     "a stored scale": written(lambda x: deny(x / torch.sqrt(torch.tensor(HEAD_DIM)))),
     "less the maximum": written(lambda x: less_maximum(deny(x))),
     "softcap": written(lambda x: deny(torch.tanh(x * 0.4 / 2.0) * 2.0)),
+    "masked where it is as large as the scores": written(
+        lambda x: x.masked_fill(hidden(x.shape[-1])[None, None].expand_as(x), -torch.inf)
+    ),
     "sliding window": written(lambda x: deny(x).masked_fill(age(x.shape[-1]) >= 5, -torch.inf)),
     "dropout that is off": written(deny, lambda p: F.dropout(p, 0.1, training=False)),
     "ALiBi": written(lambda x: deny(x - SLOPES[:, None, None] * age(x.shape[-1]))),
