@@ -356,7 +356,8 @@ class OptimizedModel(nn.Module):
         self.cache.assume(tokens)
         positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
         last = (lengths - 1).clamp(min=0)
-        logits = self._run(self.cache, self.states, ids, positions, lengths, last).float()
+        self._furthest = ids.shape[1]
+        logits = self._run(self.cache, self.states, ids, positions, lengths, self._furthest, last).float()
         self.states.has_previous_state = True
         self._next_position += filled > 0
         self._text = None
