@@ -224,6 +224,14 @@ def test_gpu_mass_is_conserved() -> None:
 
 
 @pytest.mark.gpu
+def test_gpu_sets_l2_aside() -> None:
+    from lethe_compile.kernels.decode.l2 import set_aside
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert 0 < set_aside(device) <= torch.cuda.get_device_properties(device).L2_cache_size
+
+
+@pytest.mark.gpu
 def test_gpu_bits_repeat() -> None:
     given = case(BIG[0], 64, [5000, 17, 900], [1, 1, 1], torch.bfloat16, "cuda")
     runs = [given.run(decode.attention, {"decay": 0.9}) for _ in range(20)]
