@@ -19,7 +19,7 @@ from lethe_compile.tools._replay import Evictions, replay
 
 ALWAYS = (
     *("llama", "gpt2", "opt", "bloom", "gptj", "gemma2", "gemma3n_text", "gpt_oss", "deepseek_v3", "llama4_text"),
-    *("qwen3_next", "diffllama", "deepseek_v32"),
+    *("qwen3_next", "diffllama"),
 )
 # Refused, and why, as a part of the reason: everything else must pass.
 REFUSED: dict[str, str] = {

@@ -214,8 +214,10 @@ class Driven:
         ids: Tensor,
         positions: Tensor,
         new_lengths: Tensor,
+        furthest: int,
         last: Tensor | None = None,
     ) -> Tensor:
+        assert int(positions.max()) < furthest
         state = cache.inputs()
         rows, steps = ids.shape
         for layer, geometry in enumerate(self.fast._geometries()):

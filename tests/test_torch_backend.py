@@ -202,7 +202,7 @@ def assert_pruned_as_the_oracle(model: Any, static: dict[str, Any]) -> list[Any]
     return layers
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_a_compiled_forward_prunes_from_the_prompt_on(name: str) -> None:
     """Prefill and step share one cache; the static cache's layers without windows take no memory at all."""
     model = shared(name)

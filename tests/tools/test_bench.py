@@ -191,6 +191,7 @@ def test_kernels_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[_bench_kernels.SDPA]["variant"] in ("enable_gqa", "query group folded")
 
 
+@pytest.mark.slow
 def test_generate_integrates_others_and_runs_lethe() -> None:
     rows = _bench_generate.run(toy_bench())
     assert [row["how"] for row in rows] == ["integrated from 2 lengths", "integrated from 2 lengths", "measured"]
