@@ -18,12 +18,12 @@ def set_aside(device: torch.device) -> int:
 
     Without room enough such stores go to memory and back, as keys and values stream by. The limit belongs to this
     process's context on the device; one that is higher already stays. Done once, and not while a CUDA graph is
-    captured. Returns the bytes set aside: fewer, or 0, where driver or device allow no more.
+    captured; the device is in use already. Returns the bytes set aside: fewer, or 0, where driver or device allow no
+    more.
     """
     driver = ctypes.CDLL("libcuda.so.1")
     most, now, handle = ctypes.c_int(), ctypes.c_size_t(), ctypes.c_int()
     with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # makes the context, where nothing has run yet
         asked = (
             driver.cuDeviceGet(ctypes.byref(handle), torch.cuda.current_device()),
             driver.cuDeviceGetAttribute(ctypes.byref(most), _MAX_PERSISTING_L2, handle),

@@ -232,7 +232,7 @@ def test_gpu_mass_is_conserved() -> None:
 def test_gpu_sets_l2_aside() -> None:
     from lethe_compile.kernels.decode.l2 import set_aside
 
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.zeros(1, device="cuda").device
     assert 0 < set_aside(device) <= torch.cuda.get_device_properties(device).L2_cache_size
 
 
