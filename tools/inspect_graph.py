@@ -41,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     captured = capture(_models.load_model(options.model[0]))
     own_cache = captured.program.step is not None
     passes = pipeline(*rule, fuse=captured.program.device.type == "cuda", own_cache=own_cache)
+    if options.print_after is not None and options.print_after not in [step.name for step in passes]:
+        raise InputError(
+            f"{options.print_after!r} does not run on this model: locate-cache is for steps that carry a cache,"
+            " fuse-projections for models on a GPU"
+        )
     result = run_pipeline(captured.program, passes, observe)
     site = result.program.sites[0]
     device = result.program.input_ids.meta["val"].device
