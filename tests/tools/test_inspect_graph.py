@@ -34,6 +34,7 @@ def test_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         (["no/such/model"], "no model can be loaded from 'no/such/model'"),
         (["lethe_compile.models.tiny:none"], "no factory"),
         (["lethe_compile.models.tiny:llama", "--print-after", "fuse"], "no pass is called 'fuse'"),
+        (["lethe_compile.models.tiny:llama", "--print-after", "locate-cache"], "'locate-cache' does not run on this"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: list[str], message: str) -> None:
