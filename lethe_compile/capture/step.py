@@ -182,7 +182,7 @@ def _pasts(inputs: Sequence[fx.Node], outputs: Sequence[fx.Node | None], known: 
             raise UnsupportedGraphError(reason, node=node.name, hint=hint)
         if past_dim(node) is None and sizes_of(afters[0]) != sizes_of(node):
             reason = f"the input '{name}' is a past of {list(sizes_of(node))} that cannot grow"
-            hint = "export it with its number of tokens dynamic; where torch.export fixes that, optimize the model itself"
+            hint = "export it with its number of tokens dynamic; where torch fixes that, optimize the model itself"
             raise UnsupportedGraphError(reason, node=node.name, hint=hint)
         found.append(State(name, node, afters[0]))
     return found
