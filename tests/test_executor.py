@@ -63,7 +63,8 @@ def test_layers_are_compiled_once_and_tokens_are_the_same() -> None:
     assert counters["stats"]["unique_graphs"] == 5
 
 
-@pytest.mark.parametrize("name", ["lfm2", pytest.param("zaya", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lfm2", "zaya"])
 def test_regions_between_stateful_modules_are_compiled(name: str) -> None:
     model = hybrid(name)
     config = lethe.LetheConfig(max_tokens=48, prune_threshold=16, prune_interval=8, page_size=4)

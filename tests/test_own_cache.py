@@ -235,7 +235,7 @@ def test_the_graph_module_of_an_export() -> None:
     assert_tokens(model_of("llama"), lethe.optimize(module, policy="full"))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_a_dynamic_cache_in_and_out(name: str) -> None:
     assert_tokens(model_of(name), lethe.optimize(with_dynamic_cache(name), policy="full"))
 

@@ -116,6 +116,7 @@ def test_a_plain_decoder() -> None:
     assert [site.mask and site.mask.window for site in torch_backend.optimized(fast).sites] == [7]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_other_weights_are_compiled_anew() -> None:
     model = model_of("plain")

@@ -150,6 +150,7 @@ def test_steps_of_a_toy() -> None:
     assert dynamic["kv_bytes"] == 2 * (96 + 4 + 4) * load("toy", CPU).kv_bytes_per_token
 
 
+@pytest.mark.slow
 def test_a_failing_contestant_becomes_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def broken(*_: Any, **__: Any) -> Iterator[None]:
@@ -276,6 +277,7 @@ def run_main(arguments: Sequence[str], capsys: pytest.CaptureFixture[str], monke
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_cpu_section_and_its_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
