@@ -92,7 +92,7 @@ def test_a_forward_without_a_cache() -> None:
     assert len(torch_backend.optimized(fast).sites) == 2
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("gemma2", marks=pytest.mark.slow), "gpt2"])
 @torch.no_grad()
 def test_a_padded_forward(name: str) -> None:
     """Nothing is evicted, whatever the options. GPT-2 that is given no positions counts columns, padding included."""
@@ -160,7 +160,8 @@ def forward_compiled(model: Any, options: dict[str, Any]) -> Iterator[dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [("llama", 1), ("gemma2", 2), pytest.param("mistral", 2, marks=pytest.mark.slow)]
+    ("name", "steps"),
+    [("llama", 1), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("gemma2", "mistral"))],
 )
 def test_generate_compiles_its_own_steps(name: str, steps: int) -> None:
     """The prefill runs outside, its cache is taken over.

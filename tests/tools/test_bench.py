@@ -174,6 +174,7 @@ def test_a_shape_that_cannot_be_optimized_keeps_its_rows(monkeypatch: pytest.Mon
     assert [row["error"] for row in rows] == ["InputError: no"] * 3
 
 
+@pytest.mark.slow
 def test_after_the_time_limit_rows_say_so() -> None:
     late = toy_bench("--time-limit 1")
     late.deadline = 0.0
