@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lethe_compile.kernels.attention.blocks import LOG2E, dot, page_ids, tanh
+from lethe_compile.kernels.attention.blocks import FLOOR, LOG2E, dot, fold, page_ids, tanh
 from lethe_compile.kernels.launch import launch
 
 
@@ -150,7 +150,7 @@ def _forward(
     slope = tl.load(slopes + head).to(tl.float32) if SLOPES else 0.0
     table = page_table + row * table_stride
 
-    top = tl.full([M], -1.0e30, tl.float32)
+    top = tl.full([M], FLOOR, tl.float32)
     mass = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, BLOCK_V], tl.float32)
     total = old + new
@@ -171,13 +171,8 @@ def _forward(
         age = now[:, None] - stored[None, :]
         s = dot(q, k, UPCAST)  # [M, BLOCK]
         s = _visible(s, age, now[:, None], live[None, :], slope, SCALE, SOFTCAP, WINDOW, CHUNKED, SLOPES)
-        higher = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - higher[:, None])
-        fade = tl.exp2(top - higher)
-        mass = mass * fade + tl.sum(p, 1)
         v = tl.load(v_at[:, None] + e[None, :], mask=live[:, None] & in_v[None, :], other=0.0)
-        acc = acc * fade[:, None] + dot(p.to(v.dtype), v, UPCAST)
-        top = higher
+        top, mass, acc, _ = fold(top, mass, acc, s, v, UPCAST)
     if SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2E
         higher = tl.maximum(top, sink)

@@ -6,13 +6,13 @@ They stand in for the time of a capture. Verification compares the result with t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -26,6 +26,21 @@ def patched() -> Iterator[None]:
             if holder is not None and hasattr(holder, name):
                 stack.enter_context(mock.patch.object(holder, name, replacement))
         yield
+
+
+@contextmanager
+def forwards_replaced(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """In this context the `forward` of each module is the one given for it."""
+    own = {module: vars(module).get("forward") for module in replacements}
+    try:
+        for module, forward in replacements.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, before in own.items():
+            del module.forward
+            if before is not None:
+                module.forward = before
 
 
 def _sorted_by_expert(hidden: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,20 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lethe_compile.capture.patches import forwards_replaced
+
 
 @contextmanager
 def rope_captured(model: nn.Module) -> Iterator[None]:
     """In this context rotary embeddings of `model` that follow the length compute their frequencies in every call."""
-    own = {module: vars(module).get("forward") for module in model.modules() if _follows_length(module)}
-    try:
-        for module in own:
-            module.forward = _stateless(module)
+    with forwards_replaced({module: _stateless(module) for module in model.modules() if _follows_length(module)}):
         yield
-    finally:
-        for module, forward in own.items():
-            del module.forward
-            if forward is not None:
-                module.forward = forward
 
 
 def restart_length(model: Any) -> int | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lethe_compile.capture.isolate import SIZES, Trial, by_place, layouts_of, outputs_of, refuse_varying
+from lethe_compile.capture.patches import forwards_replaced
 from lethe_compile.capture.spy import Discovery, Record, Recorder, attributes_kept, discover, leaves_of
 from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.kernels.recurrent.call import Arguments, Layout, Path, Place, StatefulCall, Unread, put, register
@@ -230,16 +231,8 @@ def stateful_captured(found: Stateful) -> Iterator[None]:
     by_module: dict[nn.Module, list[Site]] = {}
     for site in found.sites:
         by_module.setdefault(site.module, []).append(site)
-    own = {module: vars(module).get("forward") for module in by_module}
-    try:
-        for module, sites in by_module.items():
-            module.forward = _capturing(sites)
+    with forwards_replaced({module: _capturing(sites) for module, sites in by_module.items()}):
         yield
-    finally:
-        for module, forward in own.items():
-            del module.forward
-            if forward is not None:
-                module.forward = forward
 
 
 def _capturing(sites: list[Site]) -> Callable[..., Any]:
