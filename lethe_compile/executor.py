@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from lethe_compile.errors import ConfigError
-from lethe_compile.passes.outline import Outline, Span, outline
-from lethe_compile.passes.program import Program, attribute, same_size, shape_of
+from lethe_compile.passes.outline import Outline, Span, narrowed, outline
+from lethe_compile.passes.program import Program, attribute, shape_of
 
 BACKENDS = ("auto", "eager", "inductor", "cudagraphs")
 
@@ -73,8 +73,6 @@ class Executor:
         self.graphs: WeakSet[DecodeGraph] = WeakSet()
         self._program, self.compiled = program, compiled
         self._placeholders = program.placeholders()
-        self._tokens = shape_of(program.input_ids)[1]
-        self._rows = shape_of(program.input_ids)[0]
         self._regions: list[Callable[..., tuple[Any, ...]]] = [self._region(module) for module in self.outline.regions]
         self._weights = {
             node: attribute(program.module, str(node.target))
@@ -84,7 +82,7 @@ class Executor:
         }
         self._last_use = self._lifetimes()
         self._output: fx.Node = program.graph.output_node().args[0]  # type: ignore[assignment]
-        self._narrow = self._narrowed(self.outline.spans[-1])
+        self._narrow = narrowed(program, self.outline.spans[-1])
 
     def interpreted(self) -> Executor:
         """The same program, its regions run node by node."""
@@ -165,22 +163,6 @@ class Executor:
             if node.op == "call_function" and index < final:
                 dead[index].append(node)
         return dead
-
-    def _narrowed(self, span: Span) -> list[tuple[fx.Node, int]] | None:
-        """Which dimension of the last span's inputs counts tokens; None where tokens hide in a product of sizes."""
-        found = []
-        for node in span.inputs:
-            if node.op == "get_attr":
-                continue
-            dims = [dim for dim, size in enumerate(shape_of(node)) if same_size(size, self._tokens)]
-            others = [s for s in shape_of(node) if not isinstance(s, int) and not same_size(s, self._tokens)]
-            if len(dims) > 1 or any(not same_size(size, self._rows) for size in others):
-                return None
-            if dims:
-                if not same_size(shape_of(node)[0], self._rows):
-                    return None
-                found.append((node, dims[0]))
-        return found
 
 
 def _at(value: Tensor, dim: int, column: Tensor) -> Tensor:

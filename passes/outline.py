@@ -70,6 +70,27 @@ def outline(program: Program) -> Outline:
     return Outline(tuple(spans), cuts, tuple(regions))
 
 
+def narrowed(program: Program, span: Span) -> list[tuple[fx.Node, int]] | None:
+    """Which dimension of a span's inputs counts tokens, so that it can run on some of the tokens alone.
+
+    None where tokens hide in a product of sizes.
+    """
+    rows, tokens = shape_of(program.input_ids)
+    found = []
+    for node in span.inputs:
+        if node.op == "get_attr":
+            continue
+        dims = [dim for dim, size in enumerate(shape_of(node)) if same_size(size, tokens)]
+        others = [s for s in shape_of(node) if not isinstance(s, int) and not same_size(s, tokens)]
+        if len(dims) > 1 or any(not same_size(size, rows) for size in others):
+            return None
+        if dims:
+            if not same_size(shape_of(node)[0], rows):
+                return None
+            found.append((node, dims[0]))
+    return found
+
+
 def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), _SIZES)
 
