@@ -25,6 +25,7 @@ from lethe_compile.kernels.compact import reference as compact_reference
 from lethe_compile.kernels.linear import reference as linear_reference
 from lethe_compile.kernels.recurrent import reference as recurrent_reference
 from lethe_compile.kernels.recurrent.call import registered
+from lethe_compile.kernels.select import bisection
 from lethe_compile.kernels.select import reference as select_reference
 
 
@@ -295,12 +296,23 @@ torch.library.register_fake("lethe::visible", lambda *args: _visible_of(args[3],
 
 
 def select(mass: Tensor, position: Tensor, length: Tensor, **rule: Any) -> tuple[Tensor, Tensor]:
-    """`kernels.select.reference.select`, by the fastest kernel for the tensors' device; the same bits from each."""
+    """`kernels.select.reference.select`, by the fastest kernel for the tensors' device; the same bits from each.
+
+    While `torch.export` traces, it is one that every runtime can take.
+    """
+    if torch.compiler.is_exporting():
+        return bisection.select(mass, position, length, **rule)
     if _use_triton(mass):
         from lethe_compile.kernels.select.triton import select as fast
 
         return fast(mass, position, length, **rule)
     return select_reference.select(mass, position, length, **rule)
+
+
+def select_shared(mass: Tensor, position: Tensor, length: Tensor, active: Tensor, **rule: Any) -> tuple[Tensor, Tensor]:
+    """`kernels.select.reference.select_shared`; traced by `torch.export`, as `select`."""
+    choice = bisection.choose if torch.compiler.is_exporting() else select_reference.choose
+    return select_reference.select_shared(mass, position, length, active, choice=choice, **rule)
 
 
 def hoyer_sparsity(mass: Tensor, length: Tensor) -> Tensor:

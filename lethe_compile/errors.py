@@ -27,6 +27,18 @@ class OutOfPagesError(LetheError, RuntimeError):
     """The page pool has a hard limit, and that limit is reached."""
 
 
+class ArtifactError(LetheError):
+    """An exported directory that cannot be loaded: damaged, too new, made for another device or vocabulary."""
+
+
+class MissingPackageError(LetheError):
+    """A package that a format needs is not installed; `package` is its name. What could be done without it is done."""
+
+    def __init__(self, message: str, package: str) -> None:
+        super().__init__(message)
+        self.package = package
+
+
 class UnsupportedGraphError(LetheError):
     """The captured graph holds something that cannot be rewritten safely.
 

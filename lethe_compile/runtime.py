@@ -51,6 +51,8 @@ class OptimizedModel(nn.Module):
 
     Attributes:
         sites, caches: the attentions of the graph, and those of them that have a cache of their own.
+        program: what the passes made of the model.
+        dtype: of hidden states, keys and values.
         graph_module: the rewritten graph; its weights are the original model's own tensors.
         backend: how it runs, and why; see `executor.choose_backend`.
         config: the `LetheConfig` in force.
@@ -79,7 +81,8 @@ class OptimizedModel(nn.Module):
         backend: tuple[str, str] = ("eager", "asked for"),
     ) -> None:
         super().__init__()
-        self._dtype: torch.dtype = program.sites[0].node.meta["val"].dtype
+        self.program = program
+        self.dtype: torch.dtype = program.sites[0].node.meta["val"].dtype
         self._device: torch.device = program.input_ids.meta["val"].device
         self.backend = backend
         self._executor = Executor(program, compiled=backend[0] != "eager")
@@ -98,7 +101,7 @@ class OptimizedModel(nn.Module):
         self.give_way: Callable[[], object] | None = None
         self._records = records
         self.page_size = config.page_size_on(self._device.type)
-        tokens = [geometry.bytes_per_token(self._dtype) for geometry in self._geometries()]
+        tokens = [geometry.bytes_per_token(self.dtype) for geometry in self._geometries()]
         self._page_bytes = np.array(tokens, np.int64)[:, None] * self.page_size  # [layers, 1]
         self.cache, self.states = self._new_cache(), States(self.stateful, self._device)
         self._generating, self._rows = False, 0
@@ -212,7 +215,7 @@ class OptimizedModel(nn.Module):
         if new_tokens is None:
             return 0
         prompts = prompt_lengths.cpu().numpy().astype(np.int64)
-        least = self.policy.least_tokens(prompts, new_tokens, self._windows)
+        least = self.policy.least_tokens(prompts, new_tokens, self.windows)
         allowed = cache.max_bytes
         if allowed is None and self.device.type == "cuda":
             allowed = available_bytes(self.device) + cache.pool_bytes
@@ -433,7 +436,7 @@ class OptimizedModel(nn.Module):
 
     def _evict(self, active: Tensor, limit: Tensor | None = None) -> list[Counts]:
         """Prune and compact every layer and row; the lengths before, the next positions and `active`, as read back."""
-        state = RoundState(*self.cache.scores(), self._windows, self._prompt_lengths, self._next_position, active)
+        state = RoundState(*self.cache.scores(), self.windows, self._prompt_lengths, self._next_position, active)
         keep = self.policy.round(state, limit)
         if keep is not None and self.on_round:
             self._tell(state, keep)
@@ -473,20 +476,21 @@ class OptimizedModel(nn.Module):
         self._ledger.read(seen, self.cache.lengths, held)
 
     @property
-    def _windows(self) -> tuple[int | None, ...]:
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each cache: how many positions back a query sees, None for all."""
         return tuple(site.mask.window if site.mask else None for site in self.caches)
 
     def _geometries(self) -> list[Geometry]:
         return [Geometry(*site.geometry) for site in self.caches]
 
     def _new_cache(self) -> KVCache:
-        return KVCache(self._geometries(), page_size=self.page_size, dtype=self._dtype, device=self._device)
+        return KVCache(self._geometries(), page_size=self.page_size, dtype=self.dtype, device=self._device)
 
     # --------------------------------------------------------------------------------------------------------- reports
 
     def report(self) -> Report:
         """What the compiler found, rewrote and refused; prints as a table, `to_dict` gives JSON."""
-        where = (self._dtype, self._device, self.backend, self.page_size)
+        where = (self.dtype, self._device, self.backend, self.page_size)
         return Report.of(self._records, self.sites, self.stateful, self.config, *where)
 
     def cache_stats(self) -> CacheStats:

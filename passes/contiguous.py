@@ -21,7 +21,7 @@ from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.kernels.attention import contiguous
 from lethe_compile.passes.fuse_projections import LINEARS
 from lethe_compile.passes.outline import Outline, narrowed, outline
-from lethe_compile.passes.program import CACHED_OP, Program, is_call, source_of
+from lethe_compile.passes.program import CACHED_OP, Program, attribute, is_call, source_of
 
 aten = torch.ops.aten
 
@@ -58,9 +58,10 @@ def refuse_what_has_no_contiguous_form(program: Program) -> None:
 
 
 def contiguous_step(program: Program) -> fx.GraphModule:
-    """``(input_ids, positions, new_lengths, *state) -> (logits, *state)``, of any batch and number of tokens.
+    """``(input_ids, positions, new_lengths, [decay,] *state) -> (logits, *state)``, of any batch and number of tokens.
 
-    Logits ``[rows, vocab]`` float32 are those of each row's last new token. State is that of `state_names`, each
+    `decay` ``[1]`` float32, the factor on masses, is an input where the program keeps scores: a prompt may be handed over
+    in parts, which count as one step if all parts but the first come with a factor of 1. Logits ``[rows, vocab]`` float32 are those of each row's last new token. State is that of `state_names`, each
     cache ``[rows, kv_heads, capacity, dim]``. Weights stay under the names that they have in the program.
 
     Raises:
@@ -87,6 +88,8 @@ class _Builder:
         self.outline: Outline = outline(program)
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
+        self.names: dict[int, str] = {}  # of weights, by identity
+        self.decay: fx.Node | None = None
 
     def build(self) -> fx.GraphModule:
         caches = self._inputs()
@@ -110,6 +113,8 @@ class _Builder:
         for node in self.program.placeholders():
             if node.target in nodes:
                 self.values[node] = nodes[str(node.target)]
+        if any(site.node.args[18] is not None for site in self.program.sites):
+            self.decay = self.graph.placeholder("decay")
         count = len(self.program.caches)
         state = {name: self.graph.placeholder(name) for name in state_names(count)}
         select = aten.select.int
@@ -125,7 +130,9 @@ class _Builder:
     def _value(self, node: fx.Node) -> fx.Node:
         if node not in self.values:
             assert node.op == "get_attr", f"{node.name} is no weight, and was not computed"
-            self.values[node] = self.graph.get_attr(str(node.target))
+            name = str(node.target)
+            first = self.names.setdefault(id(attribute(self.program.module, name)), name)  # tied weights are one
+            self.values[node] = self.graph.get_attr(first)
         return self.values[node]
 
     def _inline(self, region: fx.Graph, inputs: list[fx.Node]) -> tuple[fx.Node, ...]:
@@ -153,7 +160,7 @@ class _Builder:
         both = call(contiguous.attend, (query, *state, sinks, slopes, scale, window, chunked, softcap, bool(peak)))
         out, seen = (call(_item, (both, index)) for index in (0, 1))
         if decay is not None:
-            score = (cache.mass, seen, cache.length, new_lengths, decay, peak, shares)
+            score = (cache.mass, seen, cache.length, new_lengths, self.decay, peak, shares)
             cache.mass = call(contiguous.score, score)
         return out
 

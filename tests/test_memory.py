@@ -43,7 +43,7 @@ def prompts(rows: int = 3, tokens: int = 12) -> Tensor:
 
 
 def least_bytes(fast: lethe.OptimizedModel, rows: int, prompt: int, new_tokens: int) -> int:
-    least = fast.policy.least_tokens(np.full(rows, prompt), new_tokens, fast._windows)
+    least = fast.policy.least_tokens(np.full(rows, prompt), new_tokens, fast.windows)
     return fast.cache.bytes_for(least)
 
 
@@ -295,7 +295,7 @@ def test_what_was_admitted_never_runs_out_of_pages(
     try:
         driven = Driven(model, config, contiguous, seed=len(lengths))
         assert model.cache.page_size == page
-        least = model.policy.least_tokens(np.array(lengths), new_tokens, model._windows)
+        least = model.policy.least_tokens(np.array(lengths), new_tokens, model.windows)
         model.kv_memory = model.cache.bytes_for(least) + slack
         driven.generate(torch.tensor(lengths), new_tokens, last)
         assert model.cache.bytes_in_use == 0

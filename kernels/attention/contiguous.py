@@ -90,15 +90,16 @@ def _hidden(
 
 
 def score(
-    mass: Tensor, seen: Tensor, length: Tensor, new_lengths: Tensor, decay: float, peak: bool, shares: bool
+    mass: Tensor, seen: Tensor, length: Tensor, new_lengths: Tensor, decay: Tensor, peak: bool, shares: bool
 ) -> Tensor:
     """Masses ``[rows, capacity]`` after a step that `seen` came from; rows that took no part keep theirs.
+
+    `decay` is ``[1]`` float32.
 
     A layer that `shares` the cache of an earlier one adds to what that one has scored in this step.
     """
     slots = torch.arange(mass.shape[1], device=mass.device)
     if not shares:
         mass = mass.masked_fill(slots >= length[:, None], 0.0)  # new slots, and whatever lies behind
-        fading = torch.where(new_lengths[:, None] > 0, decay, 1.0)
-        mass = mass * fading
+        mass = torch.where(new_lengths[:, None] > 0, mass * decay, mass)
     return torch.maximum(mass, seen) if peak else mass + seen

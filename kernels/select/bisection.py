@@ -32,13 +32,28 @@ def select(
     valid = (slots < length.unsqueeze(1)) & (position >= 0)
     sink = valid & (position < sink_tokens)
     protected = valid & (position < protected_length.unsqueeze(1))
+    return choose(mass, valid, sink, protected, sparse_ratio, segments, recent_ratio, cap, include_sinks)
+
+
+def choose(
+    mass: Tensor,
+    valid: Tensor,
+    sink: Tensor,
+    protected: Tensor,
+    sparse_ratio: float,
+    segments: int,
+    recent_ratio: float,
+    cap: Tensor | None,
+    include_sinks: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.choose`, bit for bit."""
     candidate = valid if include_sinks else valid & ~sink
     cut, broke = _breakpoint(mass, candidate, sparse_ratio, segments)
     salient = _top(mass, candidate, cut)
 
     age = _from_right(valid)  # [R, N] 1 = newest token
     recent = valid & (age <= _share(valid.sum(1), recent_ratio))
-    keep = torch.where(broke.unsqueeze(1), salient | sink | recent | protected, valid)
+    keep = valid & (salient | sink | recent | protected | ~broke.unsqueeze(1))
     if cap is None:
         return keep, broke
     reserve = valid & (age <= _share(cap, recent_ratio))
@@ -85,25 +100,24 @@ def _within(cap: Tensor, keep: Tensor, mass: Tensor, age: Tensor, tiers: tuple[T
 def _top(mass: Tensor, candidate: Tensor, wanted: Tensor) -> Tensor:
     """[R, N] the `wanted` [R] candidates of the highest scores, of equal scores the newest; `wanted` may be 0."""
     score = mass.masked_fill(~candidate, -1.0)
-    wanted = wanted.unsqueeze(1)  # [R, 1]
 
     def enough(threshold: Tensor) -> Tensor:
-        return (score >= threshold).sum(1, keepdim=True) >= wanted
+        return (score >= threshold.unsqueeze(1)).sum(1) >= wanted
 
     # Exponents 0 … 254: the first stands for zero and subnormal numbers, whose steps are those of exponent 1.
     power = torch.tensor([0.0, *(2.0**e for e in range(-126, 128))], device=mass.device)
     exponent = torch.zeros_like(wanted)
     for bit in _EXPONENTS:
         trial = exponent + bit
-        reached = (trial < len(power)) & enough(power[trial.clamp(max=len(power) - 1)])
+        reached = (trial < len(power)) & enough(power.index_select(0, trial.clamp(max=len(power) - 1)))
         exponent = torch.where(reached, trial, exponent)
-    threshold, step = power[exponent], power[exponent.clamp(min=1)]
+    threshold, step = power.index_select(0, exponent), power.index_select(0, exponent.clamp(min=1))  # [R]
     for bit in range(1, _MANTISSA + 1):
         trial = threshold + step * 2.0**-bit
         threshold = torch.where(enough(trial), trial, threshold)
-    above = score > threshold
-    tie = candidate & (score == threshold)
-    return above | (tie & (_from_right(tie) <= wanted - above.sum(1, keepdim=True)))
+    above = score > threshold.unsqueeze(1)
+    tie = candidate & (score == threshold.unsqueeze(1))
+    return above | (tie & (_from_right(tie) <= (wanted - above.sum(1)).unsqueeze(1)))
 
 
 def _from_right(mask: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ window kept, Hoyer sparsity per layer). Throughout, R rows, N >= 1 slots, and sl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def select(
     valid = _valid(position, length)
     sink = valid & (position < sink_tokens)
     protected = valid & (position < protected_length.unsqueeze(1))
-    return _select(mass, valid, sink, protected, sparse_ratio, segments, recent_ratio, cap, include_sinks)
+    return choose(mass, valid, sink, protected, sparse_ratio, segments, recent_ratio, cap, include_sinks)
 
 
 def select_shared(
@@ -72,6 +74,7 @@ def select_shared(
     protected_length: Tensor,
     cap: Tensor | None = None,
     include_sinks: bool = True,
+    choice: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One keep-set for the whole batch, as in the paper, from scores summed over its active rows.
 
@@ -81,6 +84,7 @@ def select_shared(
     Args:
         active: [R] bool; other rows add nothing and keep all their tokens.
         cap: [1] int64 or None, most columns to keep.
+        choice: how columns are chosen, `choose` or its equal.
         (others as in `select`)
 
     Returns:
@@ -92,7 +96,7 @@ def select_shared(
     protected = counted & (position < protected_length.unsqueeze(1))
     token, sink, protected = (_align_right(mask, length).any(0, keepdim=True) for mask in (counted, sink, protected))
     total = summed_mass(mass, position, length, active)
-    columns, broke = _select(
+    columns, broke = (choice or choose)(
         total, token, sink, protected, sparse_ratio, segments, recent_ratio, cap, include_sinks
     )  # [1, N], [1]
 
@@ -127,7 +131,7 @@ def hoyer_sparsity(mass: Tensor, length: Tensor) -> Tensor:
     return torch.where((length > 1) & (l2 > 0), sparsity.clamp(0, 1), 0).float()
 
 
-def _select(
+def choose(
     mass: Tensor,
     valid: Tensor,
     sink: Tensor,
@@ -138,7 +142,7 @@ def _select(
     cap: Tensor | None,
     include_sinks: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`select` over masks [R, N] of the tokens, the sinks and the protected among them."""
+    """`select` over masks [R, N] of the tokens, the sinks and the protected among them; arguments as there."""
     candidate = valid if include_sinks else valid & ~sink
     order = _order(~candidate, mass)  # candidates first
     cut, broke = _breakpoint(mass.gather(1, order), candidate.sum(1), sparse_ratio, segments)

@@ -8,7 +8,7 @@ should not wait for the device: the host reads it once, after the compaction.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -85,6 +85,19 @@ class Policy(ABC):
         """Forget the last generation. Raises `ConfigError` where the config cannot serve `num_layers`."""
         self._thresholds = torch.full((num_layers, rows), NEVER, dtype=torch.int64)
         self._sparsity = torch.full((num_layers, rows), torch.nan)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a round changes for the next one, [L, R] each: what an exported round takes and returns."""
+        return {"threshold": self._thresholds, "sparsity": self._sparsity}
+
+    def adopt(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        self._thresholds, self._sparsity = state["threshold"], state["sparsity"]
+
+    @staticmethod
+    def _asks(tensor: Tensor) -> bool:
+        """Whether to look at values: not where the device would be waited for, and not while a round is exported."""
+        return tensor.is_cpu and not torch.compiler.is_exporting()
 
     def least_tokens(self, prompts: Counts, new_tokens: int, windows: Sequence[int | None]) -> Counts:
         """[L, R] tokens that each layer and row must have room for, pruned as hard as this policy can.

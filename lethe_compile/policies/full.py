@@ -23,6 +23,6 @@ class FullPolicy(Policy):
         if not any(state.windows):
             return None
         seen = state.visible()
-        if seen.is_cpu and torch.equal(seen.sum(2), state.length):  # on a GPU, asking costs more than an idle launch
+        if self._asks(seen) and torch.equal(seen.sum(2), state.length):  # on a GPU, that costs more than an idle launch
             return None
         return seen

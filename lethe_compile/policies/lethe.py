@@ -6,7 +6,7 @@ keep-sets per sequence, prompt protection, hard caps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lethe_compile.config import MIN_RETAINED, LetheConfig
 from lethe_compile.errors import ConfigError
-from lethe_compile.kernels.ops import hoyer_sparsity, select
-from lethe_compile.kernels.select.reference import select_shared, summed_mass
+from lethe_compile.kernels.ops import hoyer_sparsity, select, select_shared
+from lethe_compile.kernels.select.reference import summed_mass
 from lethe_compile.policies.base import NEVER, Counts, Policy, RoundState, trimmed_by_window
 
 
@@ -72,13 +72,13 @@ class LethePolicy(Policy):
         size = self._sizes(count, state.active)
         starved = self._starved(size)
         due = self._due(size, starved, limit) & state.active
-        if state.mass.is_cpu and not due.any():  # on a GPU, asking costs more than rows that exit at once
+        if self._asks(state.mass) and not due.any():  # on a GPU, that costs more than rows that exit at once
             return seen if (count < state.length).any() else None
 
         view = replace(state, mass=state.mass.masked_fill(~seen, 0), position=state.position.masked_fill(~seen, -1))
         self._sparsity = torch.where(due, self._measure(view, size), self._sparsity)
         chosen, broke = self._select(view, due, self._targets(size, starved, limit))
-        keep = torch.where(due.unsqueeze(2), chosen, seen)
+        keep = seen & (chosen | ~due.unsqueeze(2))
         if limit is None:
             # A cap may force a round below the threshold; doubling for that would never stop.
             flat = due & ~broke & (size >= self._thresholds)
@@ -86,6 +86,13 @@ class LethePolicy(Policy):
         kept = self._sizes(keep.sum(2), state.active)
         self._resume = torch.where(due, kept + self.config.interval, self._resume)
         return keep
+
+    def state(self) -> dict[str, Tensor]:
+        return {**super().state(), "resume": self._resume}
+
+    def adopt(self, state: Mapping[str, Tensor]) -> None:
+        super().adopt(state)
+        self._resume = state["resume"]
 
     def _follow(self, device: torch.device) -> None:
         """Keep the state where the scores are; it moves once in a generation."""
