@@ -1,31 +1,30 @@
 """The decomposition: a program over pages, written with ops of our own, becomes one that any runtime can take.
 
-    optimized program                                =>  a graph of core aten, without writes
-    ``lethe::attention(q, k, v, *pages, …)``         =>  `kernels.attention.contiguous`: append, attend, score
+    optimized program                                =>  calls of modules of core aten, without writes
+    ``lethe::attention(q, k, v, *pages, …)``         =>  `CachedAttention`: append, attend, score
     ``lethe::linears(x, weights, biases)``           =>  linear maps side by side
     page pools and a page table, written in place    =>  ``k_i``, ``v_i``, positions and masses, taken and returned
 
-It serves every format that cannot carry our kernels, and is traced by `torch.export` afterwards.
+It serves every format that cannot carry our kernels. Layers that are alike call the same modules with other weights, so
+that a format can be made of each once, however many layers there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.kernels.attention import contiguous
 from lethe_compile.passes.fuse_projections import LINEARS
-from lethe_compile.passes.outline import Outline, narrowed, outline
-from lethe_compile.passes.program import CACHED_OP, Program, attribute, is_call, source_of
+from lethe_compile.passes.outline import Outline, Span, narrowed, outline
+from lethe_compile.passes.program import CACHED_OP, Program, Site, attribute, is_call, source_of
 
-aten = torch.ops.aten
-
-INPUTS = ("input_ids", "positions", "new_lengths")
 SHARED_STATE = ("position", "mass", "length")
 """State of all caches in one tensor: ``[caches, rows, capacity]`` int32 and float32, ``[caches, rows]`` int32."""
 
@@ -60,15 +59,100 @@ def refuse_what_has_no_contiguous_form(program: Program) -> None:
 def contiguous_step(program: Program) -> fx.GraphModule:
     """``(input_ids, positions, new_lengths, [decay,] *state) -> (logits, *state)``, of any batch and number of tokens.
 
-    `decay` ``[1]`` float32, the factor on masses, is an input where the program keeps scores: a prompt may be handed over
-    in parts, which count as one step if all parts but the first come with a factor of 1. Logits ``[rows, vocab]`` float32 are those of each row's last new token. State is that of `state_names`, each
-    cache ``[rows, kv_heads, capacity, dim]``. Weights stay under the names that they have in the program.
+    `decay` ``[1]`` float32, the factor on masses, is an input where the program keeps scores: a prompt may be handed
+    over in parts, which count as one step if all parts but the first come with a factor of 1. Logits ``[rows, vocab]``
+    float32 are those of each row's last new token. State is that of `state_names`, each cache ``[rows, kv_heads,
+    capacity, dim]``. The graph holds inputs, weights under the names that they have in the program, and calls of
+    modules, nothing else.
 
     Raises:
         UnsupportedGraphError: as `refuse_what_has_no_contiguous_form`.
     """
     refuse_what_has_no_contiguous_form(program)
     return _Builder(program).build()
+
+
+class CachedAttention(nn.Module):
+    """Append, attend and score: one `lethe::attention` over a contiguous cache, as a function.
+
+    ``(query, key, value, k, v, position, mass, length, positions, new_lengths, *[decay], *[sinks], *[slopes])
+    -> (out, k, v, position, mass)``; a layer that shares its cache appends nothing.
+    """
+
+    def __init__(self, arguments: Sequence[Any]) -> None:
+        super().__init__()
+        self.has_sinks, self.has_slopes = (node is not None for node in arguments[11:13])
+        self.scale, self.window, self.chunked, self.softcap = arguments[13:17]
+        decay, self.peak, self.shares = arguments[18:21]
+        self.scores = decay is not None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        mass: Tensor,
+        length: Tensor,
+        positions: Tensor,
+        new_lengths: Tensor,
+        *rest: Tensor,
+    ) -> tuple[Tensor, ...]:
+        optional = list(rest)
+        decay, sinks, slopes = (
+            optional.pop(0) if given else None for given in (self.scores, self.has_sinks, self.has_slopes)
+        )
+        if not self.shares:
+            k, v = contiguous.append(k, key, length), contiguous.append(v, value, length)
+            position = contiguous.append_position(position, positions, length)
+        state = (k, v, position, length, positions, new_lengths)
+        bands = (self.scale, self.window, self.chunked, self.softcap, self.peak)
+        out, seen = contiguous.attend(query, *state, sinks, slopes, *bands)
+        if decay is not None:
+            mass = contiguous.score(mass, seen, length, new_lengths, decay, self.peak, self.shares)
+        return out, k, v, position, mass
+
+
+class Split(nn.Module):
+    """``(position, mass, length)`` of all caches to those of each, one cache after the other."""
+
+    def forward(self, *shared: Tensor) -> tuple[Tensor, ...]:
+        return tuple(one for cache in zip(*(tensor.unbind(0) for tensor in shared), strict=True) for one in cache)
+
+
+class Join(nn.Module):
+    """``(length, new_lengths, *positions, *masses)`` of each cache to those of all; lengths are advanced."""
+
+    def forward(self, length: Tensor, new_lengths: Tensor, *slots: Tensor) -> tuple[Tensor, ...]:
+        count = len(slots) // 2
+        return torch.stack(slots[:count]), torch.stack(slots[count:]), length + new_lengths
+
+
+class LastSpan(nn.Module):
+    """The span behind the last attention, for each row's last new token: ``(new_lengths, *inputs) -> logits``.
+
+    `dims` says which dimension of each input counts tokens; None: something there mixes them, so the span runs on all.
+    """
+
+    def __init__(self, region: fx.GraphModule, dims: Sequence[int | None] | None) -> None:
+        super().__init__()
+        self.region, self.dims = region, dims
+
+    def forward(self, new_lengths: Tensor, *inputs: Tensor) -> Tensor:
+        dims = self.dims or [None] * len(inputs)
+        last = [x if dim is None else _last(x, dim, new_lengths) for x, dim in zip(inputs, dims, strict=True)]
+        logits: Tensor = self.region(*last)[0]
+        return (_last(logits, 1, new_lengths) if self.dims is None else logits)[:, 0].float()
+
+
+def _last(value: Tensor, dim: int, new_lengths: Tensor) -> Tensor:
+    """`value` [rows, …] at each row's last new token, along the dimension `dim` of tokens, which stays with size 1."""
+    shape = [1] * value.dim()
+    shape[0] = value.shape[0]
+    index = (new_lengths.long() - 1).clamp(min=0).view(shape)
+    return value.gather(dim, index.expand(*(n if d != dim else 1 for d, n in enumerate(value.shape))))
 
 
 @dataclass
@@ -87,124 +171,108 @@ class _Builder:
         self.program = program
         self.outline: Outline = outline(program)
         self.graph = fx.Graph()
-        self.values: dict[fx.Node, fx.Node] = {}
-        self.names: dict[int, str] = {}  # of weights, by identity
+        self.root = nn.Module()
+        self.values: dict[fx.Node, fx.Node] = {}  # of the program to those of the graph
+        self.weights: dict[int, str] = {}  # names by identity: tied weights are one
+        self.attentions: dict[tuple[Any, ...], str] = {}
         self.decay: fx.Node | None = None
 
     def build(self) -> fx.GraphModule:
         caches = self._inputs()
         sites = {site.node: site for site in self.program.sites}
-        final = len(self.outline.spans) - 1
-        for index, span in enumerate(self.outline.spans):
-            inputs = [self._value(node) for node in span.inputs]
-            if index == final:
-                inputs = self._last_tokens(span, inputs)
-            region = self.outline.regions[span.region].graph
-            outputs = self._inline(region, inputs)
-            self.values.update(zip(span.outputs, outputs, strict=True))
-            if index < final:
-                cut = self.outline.cuts[index]
-                assert is_call(cut, CACHED_OP), "other state is refused first"
-                self.values[cut] = self._attention(cut, caches[sites[cut].cache])
-        return self._finish(caches)
+        for index, cut in enumerate(self.outline.cuts):
+            assert is_call(cut, CACHED_OP), "other state is refused first"
+            self._span(self.outline.spans[index])
+            self._attention(sites[cut], caches[sites[cut].cache])
+        logits = self._last_span(self.outline.spans[-1])
+        slots = [getattr(cache, name) for name in ("position", "mass") for cache in caches]
+        joined = self._call("join", Join(), (self.length, self.new_lengths, *slots), 3)
+        self.graph.output((logits, *(x for cache in caches for x in (cache.k, cache.v)), *joined))
+        self.graph.lint()
+        return fx.GraphModule(self.root, self.graph)
 
     def _inputs(self) -> list[_Cache]:
-        nodes = {name: self.graph.placeholder(name) for name in INPUTS}
+        given = {name: self.graph.placeholder(name) for name in ("input_ids", "positions", "new_lengths")}
+        self.new_lengths = given["new_lengths"]
         for node in self.program.placeholders():
-            if node.target in nodes:
-                self.values[node] = nodes[str(node.target)]
+            if node.target in given:
+                self.values[node] = given[str(node.target)]
         if any(site.node.args[18] is not None for site in self.program.sites):
             self.decay = self.graph.placeholder("decay")
         count = len(self.program.caches)
         state = {name: self.graph.placeholder(name) for name in state_names(count)}
-        select = aten.select.int
-        return [
-            _Cache(
-                state[f"k_{index}"],
-                state[f"v_{index}"],
-                *(self.graph.call_function(select, (state[name], 0, index)) for name in SHARED_STATE),
-            )
-            for index in range(count)
-        ]
+        self.length = state["length"]
+        parts = self._call("split", Split(), tuple(state[name] for name in SHARED_STATE), 3 * count)
+        return [_Cache(state[f"k_{i}"], state[f"v_{i}"], *parts[3 * i : 3 * i + 3]) for i in range(count)]
 
-    def _value(self, node: fx.Node) -> fx.Node:
+    def _span(self, span: Span) -> None:
+        inputs = tuple(self._value(node) for node in span.inputs)
+        region = _without_own_ops(self.outline.regions[span.region])
+        outputs = self._call(f"region_{span.region}", region, inputs, len(span.outputs))
+        self.values.update(zip(span.outputs, outputs, strict=True))
+
+    def _last_span(self, span: Span) -> fx.Node:
+        dims = narrowed(self.program, span)
+        by_node = None if dims is None else [dict(dims).get(node) for node in span.inputs]
+        module = LastSpan(_without_own_ops(self.outline.regions[span.region]), by_node)
+        inputs = tuple(self._value(node) for node in span.inputs)
+        self.root.add_module("last", module)
+        return self.graph.call_module("last", (self.new_lengths, *inputs))
+
+    def _attention(self, site: Site, cache: _Cache) -> None:
+        arguments = site.node.args
+        query, key, value, positions, new_lengths = (self._value(n) for n in (*arguments[:3], *arguments[9:11]))
+        optional = (self.decay, *(n if n is None else self._value(n) for n in arguments[11:13]))
+        state = (cache.k, cache.v, cache.position, cache.mass, cache.length)
+        given = (query, key, value, *state, positions, new_lengths, *(n for n in optional if n is not None))
+        kind = (site.heads, *site.geometry, *(n is None for n in optional), *arguments[13:17], *arguments[18:21])
+        name = self.attentions.setdefault(kind, f"attention_{len(self.attentions)}")
+        out, *after = self._call(name, CachedAttention(arguments), given, 5)
+        cache.k, cache.v, cache.position, cache.mass = after
+        self.values[site.node] = out
+
+    def _call(self, name: str, module: nn.Module, inputs: tuple[fx.Node, ...], outputs: int) -> list[fx.Node]:
+        if not hasattr(self.root, name):
+            self.root.add_module(name, module)
+        node = self.graph.call_module(name, inputs)
+        return [self.graph.call_function(getitem, (node, index)) for index in range(outputs)]
+
+    def _value(self, node: Any) -> fx.Node:
         if node not in self.values:
             assert node.op == "get_attr", f"{node.name} is no weight, and was not computed"
             name = str(node.target)
-            first = self.names.setdefault(id(attribute(self.program.module, name)), name)  # tied weights are one
+            weight = attribute(self.program.module, name)
+            first = self.weights.setdefault(id(weight), name)
+            _place(self.root, first, weight)
             self.values[node] = self.graph.get_attr(first)
         return self.values[node]
 
-    def _inline(self, region: fx.Graph, inputs: list[fx.Node]) -> tuple[fx.Node, ...]:
-        placeholders = [node for node in region.nodes if node.op == "placeholder"]
-        values = dict(zip(placeholders, inputs, strict=True))
-        outputs: Any = self.graph.graph_copy(region, values)
-        for node in values.values():
-            if node.op == "call_function" and node.target is LINEARS:
-                node.target = _linears
-        return tuple(outputs)
 
-    def _attention(self, cut: fx.Node, cache: _Cache) -> fx.Node:
-        """The calls that stand for one `lethe::attention`; `cache` is that after it."""
-        call = self.graph.call_function
-        operands = (*cut.args[:3], *cut.args[9:13])
-        query, key, value, positions, new_lengths, sinks, slopes = (
-            self._value(node) if isinstance(node, fx.Node) else None for node in operands
-        )
-        scale, window, chunked, softcap, _, decay, peak, shares = cut.args[13:21]
-        if not shares:
-            cache.k = call(contiguous.append, (cache.k, key, cache.length))
-            cache.v = call(contiguous.append, (cache.v, value, cache.length))
-            cache.position = call(contiguous.append_position, (cache.position, positions, cache.length))
-        state = (cache.k, cache.v, cache.position, cache.length, positions, new_lengths)
-        both = call(contiguous.attend, (query, *state, sinks, slopes, scale, window, chunked, softcap, bool(peak)))
-        out, seen = (call(_item, (both, index)) for index in (0, 1))
-        if decay is not None:
-            score = (cache.mass, seen, cache.length, new_lengths, self.decay, peak, shares)
-            cache.mass = call(contiguous.score, score)
-        return out
-
-    def _last_tokens(self, span: Any, inputs: list[fx.Node]) -> list[fx.Node]:
-        """Inputs of the final span of each row's last token alone, where nothing there mixes tokens."""
-        dims = dict(narrowed(self.program, span) or ())
-        return [
-            self.graph.call_function(last_token, (given, dims[node], self._new_lengths)) if node in dims else given
-            for node, given in zip(span.inputs, inputs, strict=True)
-        ]
-
-    @property
-    def _new_lengths(self) -> fx.Node:
-        return next(node for node in self.graph.nodes if node.target == "new_lengths")
-
-    def _finish(self, caches: list[_Cache]) -> fx.GraphModule:
-        call = self.graph.call_function
-        output: Any = self.program.graph.output_node().args[0]
-        logits = self.values[output]
-        if narrowed(self.program, self.outline.spans[-1]) is None:
-            logits = call(last_token, (logits, 1, self._new_lengths))
-        logits = call(aten.to.dtype, (call(aten.select.int, (logits, 1, 0)), torch.float32))
-        length = next(node for node in self.graph.nodes if node.target == "length")
-        stacked = [call(aten.stack.default, ([getattr(c, name) for c in caches],)) for name in ("position", "mass")]
-        after = call(aten.add.Tensor, (length, self._new_lengths))
-        self.graph.output((logits, *(x for c in caches for x in (c.k, c.v)), *stacked, after))
-        self.graph.lint()
-        return fx.GraphModule(self.program.module, self.graph)
+def _place(root: nn.Module, path: str, weight: Tensor) -> None:
+    """Make `weight` the attribute of `root` that a dotted path names."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        if not hasattr(root, parent):
+            root.add_module(parent, nn.Module())
+        root = getattr(root, parent)
+    if isinstance(weight, nn.Parameter):
+        root.register_parameter(name, weight)
+    else:
+        root.register_buffer(name, weight)
 
 
-def last_token(value: Tensor, dim: int, new_lengths: Tensor) -> Tensor:
-    """`value` [rows, …] at each row's last new token, along the dimension `dim` of tokens, which stays with size 1."""
-    shape = [1] * value.dim()
-    shape[0] = value.shape[0]
-    index = (new_lengths.long() - 1).clamp(min=0).view(shape)
-    return value.gather(dim, index.expand(*(n if d != dim else 1 for d, n in enumerate(value.shape))))
+def _without_own_ops(region: fx.GraphModule) -> fx.GraphModule:
+    """A region whose `lethe::linears` are linear maps."""
+    if not region.graph.find_nodes(op="call_function", target=LINEARS):
+        return region
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(region.graph, {}))
+    for node in graph.find_nodes(op="call_function", target=LINEARS):
+        node.target = _linears
+    return fx.GraphModule(region, graph)
 
 
 def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """`lethe::linears` as the linear maps that it stands for."""
     given = biases or [None] * len(weights)
     maps = zip(weights, given, strict=True)
-    return torch.cat([torch.nn.functional.linear(x, weight, bias) for weight, bias in maps], dim=-1)
-
-
-def _item(pair: tuple[Tensor, Tensor], index: int) -> Tensor:
-    return pair[index]
+    return torch.cat([nn.functional.linear(x, weight, bias) for weight, bias in maps], dim=-1)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, fx, nn
 
 from lethe_compile.artifact.manifest import ProgramSpec
 from lethe_compile.errors import MissingPackageError, UnsupportedGraphError
-from lethe_compile.exporters.programs import TracedProgram, prune_program, step_program
+from lethe_compile.exporters.assemble import assemble
+from lethe_compile.exporters.programs import ExportableProgram, prune_program, step_program, trace
 from lethe_compile.runtime import OptimizedModel
 
 if TYPE_CHECKING:
@@ -21,8 +24,8 @@ if TYPE_CHECKING:
 
 OPSET = 18
 WEIGHTS = "weights.bin"
-_INLINE_BYTES = 1024  # constants up to this size stay in the .onnx file
 DTYPES = (torch.float32, torch.float16)
+_INLINE_BYTES = 1024  # constants up to this size stay in the .onnx file
 
 
 def write_onnx(fast: OptimizedModel, directory: Path, progress: Callable[[str], None]) -> dict[str, ProgramSpec]:
@@ -34,21 +37,20 @@ def write_onnx(fast: OptimizedModel, directory: Path, progress: Callable[[str], 
     """
     _check_dtype(fast)
     programs = {}
-    for traced in (step_program(fast), prune_program(fast)):
-        if traced is None:
+    for program in (step_program(fast), prune_program(fast)):
+        if program is None:
             continue
-        progress(f"{traced.name}: tracing")
-        model = to_onnx(traced)
-        file = f"{traced.name}.onnx"
-        progress(f"{traced.name}: writing {file}")
+        model = to_onnx(program, progress)
+        file = f"{program.name}.onnx"
+        progress(f"{program.name}: writing {file}")
         save(model, directory / file)
-        inputs = tuple(operand.name for operand in traced.inputs)
-        programs[traced.name] = ProgramSpec(file, inputs, traced.outputs)
+        inputs = tuple(operand.name for operand in program.inputs)
+        programs[program.name] = ProgramSpec(file, inputs, program.outputs)
     return programs
 
 
 def _check_dtype(fast: OptimizedModel) -> None:
-    kinds = {fast.dtype, *(weight.dtype for weight in fast.program.module.parameters())}
+    kinds = [fast.dtype, *(weight.dtype for weight in fast.program.module.parameters())]
     if other := [kind for kind in kinds if kind.is_floating_point and kind not in DTYPES]:
         raise UnsupportedGraphError(
             f"the model computes in {str(other[0]).removeprefix('torch.')}, which ONNX Runtime has few kernels for",
@@ -56,8 +58,8 @@ def _check_dtype(fast: OptimizedModel) -> None:
         )
 
 
-def to_onnx(traced: TracedProgram) -> ir.Model:
-    """A traced program as an ONNX model; its weights are still the tensors of torch.
+def to_onnx(program: ExportableProgram, progress: Callable[[str], None]) -> ir.Model:
+    """A program as an ONNX model; its weights are still the tensors of torch.
 
     Raises:
         UnsupportedGraphError: an operator has no form in standard operators.
@@ -66,26 +68,44 @@ def to_onnx(traced: TracedProgram) -> ir.Model:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise MissingPackageError("ONNX export needs onnxscript: pip install 'lethe-compile[onnx]'", "onnxscript") from error
-    program = traced.trace()
+        raise MissingPackageError(
+            "ONNX export needs onnxscript: pip install 'lethe-compile[onnx]'", "onnxscript"
+        ) from error
+
+    def translated(name: str, module: nn.Module, examples: Sequence[Tensor], dynamic: Sequence[set[int]]) -> ir.Model:
+        progress(f"{name}: tracing")
+        return _translate(name, module, examples, dynamic)
+
+    if isinstance(program.module, fx.GraphModule):
+        model = assemble(program, translated)
+    else:
+        dynamic = [set(operand.dynamic) for operand in program.inputs]
+        model = translated(program.name, program.module, program.examples(), dynamic)
+    _sign(model, program)
+    return model
+
+
+def _translate(name: str, module: nn.Module, examples: Sequence[Tensor], dynamic: Sequence[set[int]]) -> ir.Model:
+    """A module as an ONNX model by torch's exporter, without the names of files and lines that it leaves."""
+    program = trace(name, module, examples, dynamic)
     try:
         with _quiet():
             exported = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=OPSET)
     except torch.onnx.errors.OnnxExporterError as error:
         first = next((line for line in str(error.__cause__ or error).splitlines() if line.strip()), "")
-        raise UnsupportedGraphError(f"{traced.name} cannot be written in ONNX's standard operators: {first}") from error
+        raise UnsupportedGraphError(f"{name} cannot be written in ONNX's standard operators: {first}") from error
     assert exported is not None, "only with a file does it return nothing"
     model = exported.model
-    _name(model, traced)
-    _strip(model)
+    for holder in (model, model.graph, *model.graph, *_values(model.graph)):
+        holder.metadata_props.clear()
+        if hasattr(holder, "doc_string"):
+            holder.doc_string = None
     return model
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter tells of packages that nobody asked for, and warns of its own use of torch."""
-    import logging
-
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -97,43 +117,34 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _name(model: ir.Model, traced: TracedProgram) -> None:
-    """Give inputs, outputs and dynamic sizes the names of the manifest."""
+def _sign(model: ir.Model, program: ExportableProgram) -> None:
+    """Give the model the inputs, outputs and dynamic sizes that the program names; sizes inside are left to runtimes."""
     import onnx_ir as ir
 
-    graph = model.graph
-    sizes: dict[str, str] = {}
-    for value, operand in zip(graph.inputs, traced.inputs, strict=True):
-        assert value.shape is not None
-        sizes.update({str(value.shape[dim]): size for dim, size in operand.sizes.items()})
-        value.name = operand.name
-    for value, name in zip(graph.outputs, traced.outputs, strict=True):
-        value.name = name
-    for value in _values(graph):
-        if value.shape is not None:
-            value.shape = ir.Shape([_renamed(dim, sizes) for dim in value.shape])
-
-
-def _renamed(dim: Any, sizes: dict[str, str]) -> Any:
-    return dim if isinstance(dim, int) else sizes.get(str(dim), None)
-
-
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from graph.inputs
-    for node in graph:
-        yield from node.outputs
-
-
-def _strip(model: ir.Model) -> None:
-    """Leave out where in Python things came from: it names paths of this machine, and is most of the file."""
     from lethe_compile import __version__
 
     model.producer_name, model.producer_version = "lethe-compile", __version__
     graph = model.graph
-    for holder in (model, graph, *graph, *_values(graph), *graph.initializers.values()):
-        holder.metadata_props.clear()
-        if hasattr(holder, "doc_string"):
-            holder.doc_string = None
+    graph.name = program.name
+    for value in _values(graph):
+        if value.shape is not None and not all(isinstance(dim, int) for dim in value.shape):
+            value.shape = None
+    for value, operand in zip(graph.inputs, program.inputs, strict=True):
+        value.name, value.shape = operand.name, ir.Shape(operand.shape)
+        value.type = ir.TensorType(ir.tensor_adapters.from_torch_dtype(operand.dtype))
+    kinds = {f"{operand.name}_after": operand for operand in program.inputs}
+    for value, name in zip(graph.outputs, program.outputs, strict=True):
+        value.name = name
+        shape: Any = kinds[name].shape if name in kinds else ("rows", None)
+        dtype = kinds[name].dtype if name in kinds else torch.float32
+        value.shape, value.type = ir.Shape(shape), ir.TensorType(ir.tensor_adapters.from_torch_dtype(dtype))
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
 
 
 def save(model: ir.Model, path: Path) -> None:

@@ -1,8 +1,9 @@
-"""The two programs of an artifact, step and prune, with example inputs, names and dynamic sizes to trace them by."""
+"""The two programs of an artifact, step and prune: their modules, and the names, sizes and types of what they take."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,118 +18,125 @@ from lethe_compile.passes.contiguous import contiguous_step, state_names
 from lethe_compile.policies import make_policy
 from lethe_compile.runtime import OptimizedModel
 
-_ROWS, _TOKENS, _CAPACITY = 2, 5, 24  # of the examples: nothing of the programs depends on them
-SIZES = ("rows", "tokens", "capacity")
+SIZES = {"rows": 2, "tokens": 5, "capacity": 24}
+"""What differs from call to call, and examples of it. Nothing of a program depends on those."""
+OTHER_SIZES = {"rows": 3, "tokens": 7, "capacity": 40}
 
 
 @dataclass(frozen=True)
 class Operand:
-    """An input of a program: a tensor, and which of its dimensions are `SIZES`."""
+    """An input of a program: a tensor whose dimensions are numbers or names of `SIZES`."""
 
     name: str
-    example: Tensor
-    sizes: dict[int, str]
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+    fill: int = 0  # of an example
+
+    def example(self, device: torch.device, sizes: Mapping[str, int] = SIZES) -> Tensor:
+        shape = [dim if isinstance(dim, int) else sizes[dim] for dim in self.shape]
+        return torch.full(shape, self.fill, dtype=self.dtype, device=device)
+
+    @property
+    def dynamic(self) -> dict[int, str]:
+        return {dim: size for dim, size in enumerate(self.shape) if isinstance(size, str)}
 
 
 @dataclass(frozen=True)
-class TracedProgram:
-    """A program ready for `torch.export`, of any rows, tokens and capacity."""
+class ExportableProgram:
+    """A program of any rows, tokens and capacity, before it is traced."""
 
     name: str
     module: nn.Module
     inputs: tuple[Operand, ...]
     outputs: tuple[str, ...]
+    device: torch.device
+
+    def examples(self, sizes: Mapping[str, int] = SIZES) -> tuple[Tensor, ...]:
+        return tuple(operand.example(self.device, sizes) for operand in self.inputs)
 
     def trace(self) -> ExportedProgram:
-        """The program in aten.
+        """The program in aten, as `trace`."""
+        return trace(self.name, self.module, self.examples(), [set(operand.dynamic) for operand in self.inputs])
 
-        Raises:
-            UnsupportedGraphError: a size became a number while it was traced; names it.
-        """
-        examples = tuple(operand.example for operand in self.inputs)
-        sizes: Any = tuple({dim: Dim.DYNAMIC for dim in operand.sizes} for operand in self.inputs)
-        if not isinstance(self.module, torch.fx.GraphModule):
-            sizes = _as_arguments(self.module, sizes)
-        with torch.no_grad():
-            self.module(*examples)  # what is constant is made now, and not while it is traced
-            program = torch.export.export(
-                self.module, examples, dynamic_shapes=sizes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+
+def trace(name: str, module: nn.Module, examples: Sequence[Tensor], dynamic: Sequence[set[int]]) -> ExportedProgram:
+    """A function of tensors in aten; `dynamic` names the dimensions of each that may have any size.
+
+    Raises:
+        UnsupportedGraphError: it cannot be traced, or a size became a number; says why.
+    """
+    sizes = _per_parameter(module, tuple({dim: Dim.DYNAMIC for dim in dims} for dims in dynamic))
+    with torch.no_grad():
+        module(*examples)  # what is constant is made now, and not while it is traced
+        try:
+            return torch.export.export(
+                module, tuple(examples), dynamic_shapes=sizes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
             )
-        self._check_sizes(program)
-        return program
-
-    def _check_sizes(self, program: ExportedProgram) -> None:
-        values = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
-        for name, operand in zip(program.graph_signature.user_inputs, self.inputs, strict=True):
-            for dim, size in operand.sizes.items():
-                if isinstance(values[name].shape[dim], int):
-                    raise UnsupportedGraphError(
-                        f"{self.name}: the number of {size} of {operand.name!r} became {values[name].shape[dim]} while"
-                        " the program was traced"
-                    )
+        except (RuntimeError, torch._dynamo.exc.UserError) as error:
+            first = str(error).strip().split("\n")[0]
+            raise UnsupportedGraphError(f"{name} cannot be traced for any number of rows and tokens: {first}") from error
 
 
-def _as_arguments(module: nn.Module, sizes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Dynamic sizes of a forward whose last parameter takes the rest."""
-    named = 3
+def _per_parameter(module: nn.Module, sizes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Dynamic sizes as `torch.export` wants them: those of ``*args`` in a tuple of their own."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return sizes
+    named = sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters)
     return (*sizes[:named], sizes[named:])
 
 
-def step_program(fast: OptimizedModel) -> TracedProgram:
+def step_program(fast: OptimizedModel) -> ExportableProgram:
     """New tokens to logits, over contiguous caches; see `passes.contiguous.contiguous_step`.
 
     Raises:
         UnsupportedGraphError: as there.
     """
-    module = contiguous_step(fast.program)
-    rows, ids = {0: "rows"}, {0: "rows", 1: "tokens"}
-    tokens = torch.ones(_ROWS, _TOKENS, dtype=torch.int64, device=fast.device)
     inputs = [
-        Operand("input_ids", tokens, ids),
-        Operand("positions", torch.arange(_TOKENS, device=fast.device).repeat(_ROWS, 1), ids),
-        Operand("new_lengths", torch.tensor([_TOKENS, _TOKENS - 2], dtype=torch.int32, device=fast.device), rows),
+        Operand("input_ids", ("rows", "tokens"), torch.int64),
+        Operand("positions", ("rows", "tokens"), torch.int64),
+        Operand("new_lengths", ("rows",), torch.int32, fill=1),
     ]
     if fast.policy.decay is not None:
-        inputs.append(Operand("decay", torch.tensor([fast.policy.decay], device=fast.device), {}))
-    return TracedProgram("step", module, (*inputs, *cache_operands(fast)), ("logits", *next_names(fast)))
+        inputs.append(Operand("decay", (1,), torch.float32, fill=1))
+    inputs.extend(cache_operands(fast))
+    outputs = ("logits", *_after(state_names(len(fast.caches))))
+    return ExportableProgram("step", contiguous_step(fast.program), tuple(inputs), outputs, fast.device)
 
 
-def prune_program(fast: OptimizedModel) -> TracedProgram | None:
+def prune_program(fast: OptimizedModel) -> ExportableProgram | None:
     """One round of the policy; see `RoundProgram`. None where no round drops anything."""
     policy = make_policy(fast.config)
     module = RoundProgram(policy, fast.windows)
     if not module.has_rounds():
         return None
-    device = fast.device
-    examples = (
-        torch.ones(_ROWS, dtype=torch.bool, device=device),
-        torch.full((_ROWS,), 3, device=device),
-        torch.full((_ROWS,), _CAPACITY, device=device),
-    )
-    given = [Operand(name, value, {0: "rows"}) for name, value in zip(ROUND_INPUTS, examples, strict=True)]
-    policy.begin(len(fast.caches), _ROWS)
-    state = [Operand(name, value.to(device), {1: "rows"}) for name, value in policy.state().items()]
-    names = tuple(f"{operand.name}_after" for operand in state)
-    return TracedProgram("prune", module, (*given, *state, *cache_operands(fast)), (*names, *next_names(fast)))
+    kinds = (torch.bool, torch.int64, torch.int64)
+    given = [Operand(name, ("rows",), kind, fill=1) for name, kind in zip(ROUND_INPUTS, kinds, strict=True)]
+    state = [
+        Operand(name, (len(fast.caches), "rows"), value.dtype) for name, value in policy.state().items()
+    ]
+    outputs = _after([*(operand.name for operand in state), *state_names(len(fast.caches))])
+    return ExportableProgram("prune", module, (*given, *state, *cache_operands(fast)), outputs, fast.device)
 
 
 def cache_operands(fast: OptimizedModel) -> tuple[Operand, ...]:
-    """The contiguous caches as inputs."""
-    caches, device = len(fast.caches), fast.device
+    """The contiguous caches as inputs, in the order of `state_names`."""
     operands = []
     for index, site in enumerate(fast.caches):
         kv_heads, *dims = site.geometry
-        for kind, dim in zip("kv", dims, strict=True):
-            empty = torch.zeros(_ROWS, kv_heads, _CAPACITY, dim, dtype=fast.dtype, device=device)
-            operands.append(Operand(f"{kind}_{index}", empty, {0: "rows", 2: "capacity"}))
-    whole = {1: "rows", 2: "capacity"}
+        operands += [
+            Operand(f"{kind}_{index}", ("rows", kv_heads, "capacity", dim), fast.dtype)
+            for kind, dim in zip("kv", dims, strict=True)
+        ]
+    slots = (len(fast.caches), "rows", "capacity")
     return (
         *operands,
-        Operand("position", torch.zeros(caches, _ROWS, _CAPACITY, dtype=torch.int32, device=device), whole),
-        Operand("mass", torch.zeros(caches, _ROWS, _CAPACITY, device=device), whole),
-        Operand("length", torch.zeros(caches, _ROWS, dtype=torch.int32, device=device), {1: "rows"}),
+        Operand("position", slots, torch.int32),
+        Operand("mass", slots, torch.float32),
+        Operand("length", slots[:2], torch.int32),
     )
 
 
-def next_names(fast: OptimizedModel) -> Sequence[str]:
-    return [f"{name}_after" for name in state_names(len(fast.caches))]
+def _after(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of outputs that are inputs of the next call."""
+    return tuple(f"{name}_after" for name in names)
