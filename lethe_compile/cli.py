@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import lethe_compile
-from lethe_compile.errors import LetheError
+from lethe_compile.errors import LetheError, MissingPackageError
 
 USAGE_ERROR = 2
+MISSING_PACKAGE = 3
 INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended
 
 
@@ -27,12 +28,17 @@ COMMANDS = {
     "demo": Command("demo", "watch the bundled reasoner generate with a full and with a pruned cache"),
     "inspect": Command("inspect_graph", "show what the compiler finds in a model, rewrites, and refuses"),
     "bench": Command("bench", "measure kernels, decode steps, generations and memory, side by side with others"),
+    "export": Command("export", "write a model, pruning included, for ONNX Runtime, TensorRT or torch.export"),
+    "run": Command("run", "execute what `lethe export` wrote"),
     "train-reasoner": Command("train_reasoner", "train the bundled reasoner from scratch"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 2 for what the user can correct, 130 after Ctrl-C."""
+    """Run one command and return its exit status.
+
+    2 for what the user can correct, 3 for a package that is not installed, 130 after Ctrl-C.
+    """
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(_usage())
@@ -52,7 +58,7 @@ def _run(name: str, argv: Sequence[str]) -> int:
         status: int | None = tool.main(argv)
     except LetheError as error:
         print(f"lethe {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USAGE_ERROR
+        return MISSING_PACKAGE if isinstance(error, MissingPackageError) else USAGE_ERROR
     except KeyboardInterrupt:
         print(f"lethe {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
