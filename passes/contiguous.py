@@ -72,6 +72,18 @@ def contiguous_step(program: Program) -> fx.GraphModule:
     return _Builder(program).build()
 
 
+def paged_step(program: Program) -> fx.GraphModule:
+    """The program as it is, `lethe::attention` over pages included, but for logits: as those of `contiguous_step`.
+
+    Its inputs are the program's; the cache is written in place.
+
+    Raises:
+        UnsupportedGraphError: as `refuse_what_has_no_contiguous_form`.
+    """
+    refuse_what_has_no_contiguous_form(program)
+    return _PagedBuilder(program).build()
+
+
 class CachedAttention(nn.Module):
     """Append, attend and score: one `lethe::attention` over a contiguous cache, as a function.
 
@@ -183,13 +195,16 @@ class _Builder:
         for index, cut in enumerate(self.outline.cuts):
             assert is_call(cut, CACHED_OP), "other state is refused first"
             self._span(self.outline.spans[index])
-            self._attention(sites[cut], caches[sites[cut].cache])
+            self._attention(sites[cut], caches)
         logits = self._last_span(self.outline.spans[-1])
-        slots = [getattr(cache, name) for name in ("position", "mass") for cache in caches]
-        joined = self._call("join", Join(), (self.length, self.new_lengths, *slots), 3)
-        self.graph.output((logits, *(x for cache in caches for x in (cache.k, cache.v)), *joined))
+        self.graph.output(self._outputs(logits, caches))
         self.graph.lint()
         return fx.GraphModule(self.root, self.graph)
+
+    def _outputs(self, logits: fx.Node, caches: list[_Cache]) -> Any:
+        slots = [getattr(cache, name) for name in ("position", "mass") for cache in caches]
+        joined = self._call("join", Join(), (self.length, self.new_lengths, *slots), 3)
+        return logits, *(x for cache in caches for x in (cache.k, cache.v)), *joined
 
     def _inputs(self) -> list[_Cache]:
         given = {name: self.graph.placeholder(name) for name in ("input_ids", "positions", "new_lengths")}
@@ -219,8 +234,8 @@ class _Builder:
         self.root.add_module("last", module)
         return self.graph.call_module("last", (self.new_lengths, *inputs))
 
-    def _attention(self, site: Site, cache: _Cache) -> None:
-        arguments = site.node.args
+    def _attention(self, site: Site, caches: list[_Cache]) -> None:
+        arguments, cache = site.node.args, caches[site.cache]
         query, key, value, positions, new_lengths = (self._value(n) for n in (*arguments[:3], *arguments[9:11]))
         optional = (self.decay, *(n if n is None else self._value(n) for n in arguments[11:13]))
         state = (cache.k, cache.v, cache.position, cache.mass, cache.length)
@@ -246,6 +261,23 @@ class _Builder:
             _place(self.root, first, weight)
             self.values[node] = self.graph.get_attr(first)
         return self.values[node]
+
+
+class _PagedBuilder(_Builder):
+    """The same spans, around the ops that they were cut at."""
+
+    def _inputs(self) -> list[_Cache]:
+        for node in self.program.placeholders():
+            self.values[node] = self.graph.placeholder(str(node.target))
+            if node.target == "new_lengths":
+                self.new_lengths = self.values[node]
+        return []
+
+    def _attention(self, site: Site, caches: list[_Cache]) -> None:
+        self.values[site.node] = self.graph.node_copy(site.node, self._value)
+
+    def _outputs(self, logits: fx.Node, caches: list[_Cache]) -> Any:
+        return logits
 
 
 def _place(root: nn.Module, path: str, weight: Tensor) -> None:

@@ -85,6 +85,10 @@ def _writer(format: str) -> Writer:
         from lethe_compile.exporters.onnx import write_onnx
 
         return write_onnx
+    if format == "pt2":
+        from lethe_compile.exporters.pt2 import write_pt2
+
+        return write_pt2
     raise ConfigError(f"format={format!r} is not there yet")
 
 
@@ -197,6 +201,7 @@ def _model_facts(fast: OptimizedModel) -> dict[str, Any]:
         "dtype": str(fast.dtype).removeprefix("torch."),
         "parameters": sum(weight.numel() for weight in weights),
         "layers": len(fast.sites),
+        "page_size": fast.page_size,
         "architecture": getattr(fast.hf_config, "model_type", None),
     }
 

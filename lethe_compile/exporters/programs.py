@@ -14,13 +14,14 @@ from torch.export import Dim, ExportedProgram
 from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.exporters.rounds import INPUTS as ROUND_INPUTS
 from lethe_compile.exporters.rounds import RoundProgram
-from lethe_compile.passes.contiguous import contiguous_step, state_names
+from lethe_compile.passes.contiguous import contiguous_step, paged_step, state_names
 from lethe_compile.policies import make_policy
 from lethe_compile.runtime import OptimizedModel
 
 SIZES = {"rows": 2, "tokens": 5, "capacity": 24}
 """What differs from call to call, and examples of it. Nothing of a program depends on those."""
 OTHER_SIZES = {"rows": 3, "tokens": 7, "capacity": 40}
+_PAGES = {**SIZES, "pages": 8, "row_pages": 4}
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class ExportableProgram:
     device: torch.device
 
     def examples(self, sizes: Mapping[str, int] = SIZES) -> tuple[Tensor, ...]:
-        return tuple(operand.example(self.device, sizes) for operand in self.inputs)
+        return tuple(operand.example(self.device, {**_PAGES, **sizes}) for operand in self.inputs)
 
     def trace(self) -> ExportedProgram:
         """The program in aten, as `trace`."""
@@ -102,6 +103,35 @@ def step_program(fast: OptimizedModel) -> ExportableProgram:
     inputs.extend(cache_operands(fast))
     outputs = ("logits", *_after(state_names(len(fast.caches))))
     return ExportableProgram("step", contiguous_step(fast.program), tuple(inputs), outputs, fast.device)
+
+
+def paged_step_program(fast: OptimizedModel) -> ExportableProgram:
+    """New tokens to logits over pages that are written in place; see `passes.contiguous.paged_step`.
+
+    Raises:
+        UnsupportedGraphError: as there.
+    """
+    caches, page = len(fast.caches), fast.page_size
+    operands = {
+        "input_ids": Operand("input_ids", ("rows", "tokens"), torch.int64),
+        "positions": Operand("positions", ("rows", "tokens"), torch.int64),
+        "new_lengths": Operand("new_lengths", ("rows",), torch.int32, fill=1),
+        "page_table": Operand("page_table", (caches, "rows", "row_pages"), torch.int32),
+        "length": Operand("length", (caches, "rows"), torch.int32),
+    }
+    for site in fast.caches:
+        kv_heads, k_dim, v_dim = site.geometry
+        group = site.cache_group
+        for name, shape, dtype in (
+            ("k_pages", (kv_heads, page, k_dim), fast.dtype),
+            ("v_pages", (kv_heads, page, v_dim), fast.dtype),
+            ("slot_position", (page,), torch.int32),
+            ("slot_mass", (page,), torch.float32),
+        ):
+            operands[f"{name}_{group}"] = Operand(f"{name}_{group}", ("pages", *shape), dtype)
+    module = paged_step(fast.program)
+    names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
+    return ExportableProgram("step", module, tuple(operands[name] for name in names), ("logits",), fast.device)
 
 
 def prune_program(fast: OptimizedModel) -> ExportableProgram | None:
