@@ -11,7 +11,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lethe_compile.artifact.manifest import CacheSpec, Device, Manifest, ProgramSpec, StateSpec, write_manifest
+from lethe_compile.artifact.manifest import (
+    CacheSpec,
+    Device,
+    Manifest,
+    ProgramSpec,
+    StateSpec,
+    load_manifest,
+    write_manifest,
+)
 from lethe_compile.artifact.tokens import TOKENIZER, check_vocabulary
 from lethe_compile.errors import ArtifactError, ConfigError, UnsupportedGraphError
 from lethe_compile.passes.contiguous import refuse_what_has_no_contiguous_form
@@ -73,8 +81,10 @@ def export(
         programs = write(fast, temporary, progress or (lambda _: None))
         manifest = _manifest(fast, format, programs, files)
         write_manifest(manifest, temporary)
-    from lethe_compile.artifact.manifest import load_manifest
+    if format == "tensorrt":
+        from lethe_compile.exporters.tensorrt import build
 
+        build(fast, folder)
     return load_manifest(folder, verify=False)
 
 
@@ -89,6 +99,10 @@ def _writer(format: str) -> Writer:
         from lethe_compile.exporters.pt2 import write_pt2
 
         return write_pt2
+    if format == "tensorrt":
+        from lethe_compile.exporters.tensorrt import write_tensorrt
+
+        return write_tensorrt
     raise ConfigError(f"format={format!r} is not there yet")
 
 
@@ -170,7 +184,7 @@ def _manifest(fast: OptimizedModel, kind: str, programs: dict[str, ProgramSpec],
     interval = fast.config.interval
     config = fast.config.to_dict()
     policy = {"name": fast.config.policy, "decay": fast.policy.decay, "interval": interval, "config": config}
-    device = Device("any") if kind == "onnx" else _device(fast)
+    device = Device("any") if kind in ("onnx", "tensorrt") else _device(fast)
     return Manifest(
         kind=kind,
         model=_model_facts(fast),

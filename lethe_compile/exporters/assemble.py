@@ -61,7 +61,8 @@ class _Record(fx.Interpreter):
             self.run(*program.examples(sizes))
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        self.calls.setdefault(str(target), args)
+        # ONNX knows no strides, and those of an example must not find their way into a program.
+        self.calls.setdefault(str(target), tuple(tensor.contiguous() for tensor in args))
         return super().call_module(target, args, kwargs)
 
 

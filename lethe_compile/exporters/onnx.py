@@ -158,4 +158,11 @@ def save(model: ir.Model, path: Path) -> None:
     if large and not path.with_name(WEIGHTS).exists():
         ir.save(model, path, external_data=WEIGHTS, size_threshold_bytes=_INLINE_BYTES)
     else:
-        ir.save(model, path)
+        save_graph(model, path)
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Write a model whose large tensors lie in a file already, or that has none."""
+    import onnx_ir as ir
+
+    ir.save(model, path)

@@ -6,6 +6,7 @@ before                                        after
 float64, in the products of a round           float32
 ``CumSum`` of integers                        of the same numbers in float32, exact up to 2^24
 ``Clip`` of integers                          ``Max`` and ``Min``
+``Equal`` of booleans                         ``Not`` of ``Xor``
 ============================================  ==========================================================
 
 In float32 a score that lies within rounding of the breakpoint may fall on its other side, and a recent window of
@@ -29,6 +30,8 @@ def within_limits(model: ir.Model) -> None:
             _sum_floats(node)
         elif node.op_type == "Clip":
             _as_bounds(node)
+        elif node.op_type == "Equal":
+            _as_logic(node)
     _narrow(model)
 
 
@@ -81,6 +84,19 @@ def _as_bounds(node: ir.Node) -> None:
         if bound is not None:
             current = _before(node, op, [current, bound], {}, given.dtype, op.lower())
     ir.convenience.replace_all_uses_with(node.outputs[0], current)
+    _graph(node).remove(node, safe=True)
+
+
+def _as_logic(node: ir.Node) -> None:
+    import onnx_ir as ir
+
+    left, right = node.inputs
+    assert left is not None and right is not None
+    if left.dtype != ir.DataType.BOOL:
+        return
+    differ = _before(node, "Xor", [left, right], {}, ir.DataType.BOOL, "xor")
+    same = _before(node, "Not", [differ], {}, ir.DataType.BOOL, "not")
+    ir.convenience.replace_all_uses_with(node.outputs[0], same)
     _graph(node).remove(node, safe=True)
 
 
