@@ -1,6 +1,6 @@
 """Artifacts: directories that `export` writes and `lethe run` executes. Nothing here imports torch or transformers.
 
-A program that is to run alone needs `manifest`, `generate`, `sampling`, the module of its format, and NumPy.
+A program that is to run alone needs `manifest`, `loop`, `sampling`, the module of its format, and NumPy.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lethe_compile.artifact.generate import Generation, Runner, generate
+from lethe_compile.artifact.loop import Generation, Runner, generate
 from lethe_compile.artifact.manifest import Manifest, load_manifest
 from lethe_compile.errors import ArtifactError
 

@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lethe_compile.kernels.select import bisection
 from lethe_compile.kernels.select.reference import hoyer_sparsity, select, select_shared, summed_mass
 
 
@@ -301,3 +302,30 @@ def test_hoyer_extremes() -> None:
     mass = torch.tensor([[5.0, 0, 0, 0], [2, 2, 2, 2], [0, 0, 0, 0], [7, 0, 0, 0], [0, 0, 0, 0], [1e-30, 0, 0, 0]])
     length = torch.tensor([4, 4, 4, 1, 0, 4])
     assert hoyer_sparsity(mass, length).tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+
+
+@settings(max_examples=400, deadline=None)
+@given(rows=st.lists(a_row(), min_size=1, max_size=4), rule=RULES, extra=st.integers(0, 3))
+def test_bisection_equals_the_reference(rows: list[Row], rule: Rule, extra: int) -> None:
+    mass, position, length, protected = tensors(rows, extra)
+    capped = any(row.cap is not None for row in rows)
+    cap = torch.tensor([len(row.mass) + 1 if row.cap is None else row.cap for row in rows]) if capped else None
+    options = {"protected_length": protected, "cap": cap, **vars(rule)}
+    keep, broke = bisection.select(mass, position, length, **options)
+    expected, found = select(mass, position, length, **options)
+    assert keep.equal(expected) and broke.equal(found)
+
+
+def test_bisection_tells_neighbouring_numbers_apart() -> None:
+    """Down to the last bit, from the largest finite number to the smallest subnormal one."""
+    scores = [3.4e38, 1.0, 1.17549435e-38, 1e-45, 0.0]
+    near = [torch.nextafter(torch.tensor(x), torch.tensor(0.0)).item() for x in scores]
+    mass = torch.tensor([[*scores, *near]])
+    position = torch.arange(mass.shape[1], dtype=torch.int32)[None]
+    length = torch.tensor([mass.shape[1]])
+    rule = {"sparse_ratio": 1.5, "segments": 1024, "sink_tokens": 0, "recent_ratio": 0.0}
+    for cap in range(1, mass.shape[1]):
+        options = {**rule, "protected_length": torch.zeros(1), "cap": torch.tensor([cap])}
+        assert bisection.select(mass, position, length, **options)[0].equal(
+            select(mass, position, length, **options)[0]
+        )
