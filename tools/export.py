@@ -41,9 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     say("optimizing")
     fast = optimize(model, config)
     tokenizer = options.tokenizer or _tokenizer_of(options.model)
-    manifest = export(
-        fast, options.out, options.format, tokenizer=tokenizer, overwrite=options.overwrite, progress=say
-    )
+    manifest = export(fast, options.out, options.format, tokenizer=tokenizer, overwrite=options.overwrite, progress=say)
     _tell(manifest, options.out, time.perf_counter() - start, options.json)
     return 0
 

@@ -1,4 +1,4 @@
-"""`lethe run`: execute an artifact that `lethe export` wrote. An ONNX artifact takes onnxruntime and NumPy, no torch."""
+"""`lethe run`: execute an artifact that `lethe export` wrote; for ONNX, ONNX Runtime and NumPy are all it takes."""
 
 from __future__ import annotations
 

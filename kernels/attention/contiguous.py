@@ -1,7 +1,8 @@
 """Cached attention without paging and without writes, in core aten only: what programs for other runtimes are made of.
 
-A cache is one tensor of fixed capacity per layer, ``[rows, kv_heads, capacity, dim]``: slot j of a row is column j, which
-is a page table that is the identity. Everything is a function of its inputs, of any batch and any number of tokens.
+A cache is one tensor of fixed capacity per layer, ``[rows, kv_heads, capacity, dim]``: slot j of a row is column j,
+which is a page table that is the identity. Everything is a function of its inputs, of any batch and number of tokens.
+What lies behind a row's end is never seen, but must be finite: a zero probability does not silence a NaN.
 
 A token that is padding is written too, behind the row's last slot, where nothing reads it and the next token replaces
 it: so ``capacity >= length + T`` must hold for every row, and no index is ever written twice.
@@ -75,9 +76,7 @@ def attend(
     return out.to(query.dtype), seen.to(torch.float32)
 
 
-def _hidden(
-    age: Tensor, now: Tensor, length: Tensor, new_lengths: Tensor, window: int | None, chunked: bool
-) -> Tensor:
+def _hidden(age: Tensor, now: Tensor, length: Tensor, new_lengths: Tensor, window: int | None, chunked: bool) -> Tensor:
     """[rows, T, capacity] slots that a query may not see: empty, later, or outside of its window; all, if padding."""
     steps, capacity = age.shape[1:]
     total = (length + new_lengths)[:, None]

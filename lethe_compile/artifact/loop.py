@@ -1,4 +1,4 @@
-"""The decode loop of an artifact, in NumPy: prefill, rounds at the policy's interval, and a token a step until the end."""
+"""The decode loop of an artifact, in NumPy: prefill, rounds at the policy's interval, a token a step until the end."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def generate(
 ) -> Generation:
     """Continue each of `prompts`, lists of token ids of any lengths; the tokens are those of the optimized model.
 
-    `eos_token_id` overrides the artifact's own; an empty sequence means that no token ends a row. `on_token` hears after
-    each step how many rows got one.
+    `eos_token_id` overrides the artifact's own; an empty sequence means that no token ends a row. `on_token` hears
+    after each step how many rows got one.
 
     Raises:
         InputError: a prompt is empty, holds ids outside of the vocabulary, or is too long for the model.
@@ -170,8 +170,8 @@ def _check(manifest: Manifest, prompts: Sequence[Sequence[int]], max_new_tokens:
         outside = [token for token in prompt if not 0 <= token < vocab_size]
         if outside:
             raise InputError(
-                f"prompt {row} holds the id {outside[0]}, outside the vocabulary of {vocab_size} ids: does the tokenizer"
-                " belong to this model?"
+                f"prompt {row} holds the id {outside[0]}, outside the vocabulary of {vocab_size} ids: does the"
+                " tokenizer belong to this model?"
             )
         if room is not None and len(prompt) + max_new_tokens > room:
             raise InputError(

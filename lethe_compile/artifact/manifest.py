@@ -1,4 +1,4 @@
-"""The manifest of an artifact: what the model is, what its cache looks like, how it is pruned, and a hash of every file.
+"""The manifest of an artifact: the model, its cache, how that is pruned, and a hash of every file.
 
 An artifact is data. Its manifest is JSON, its programs and weights are what their runtimes read, and no pickle is among
 them. Nothing is run before every file was found to be what was written.
@@ -34,7 +34,7 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """What a policy carries from round to round: ``[caches, rows]`` each, `initial` everywhere at first; None is NaN."""
+    """What a policy carries from round to round: ``[caches, rows]``, `initial` everywhere at first; None is NaN."""
 
     name: str
     dtype: str
@@ -52,7 +52,7 @@ class ProgramSpec:
 
 @dataclass(frozen=True)
 class Device:
-    """What an artifact was made for; `capability` is that of a CUDA device, None where any device of the type will do."""
+    """What an artifact was made for; `capability` is that of a CUDA device, None where any of the type will do."""
 
     type: str
     capability: tuple[int, int] | None = None

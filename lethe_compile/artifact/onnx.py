@@ -18,8 +18,8 @@ _STEP = 32  # capacities are multiples of it, so that ONNX Runtime meets few dis
 class OnnxRunner:
     """`artifact.Runner` over ONNX Runtime sessions.
 
-    Each program returns new caches, which become the next call's inputs without a copy. Capacity follows the longest row
-    from round to round, so what a round evicts is memory given back.
+    Each program returns new caches, which become the next call's inputs without a copy. Capacity follows the longest
+    row from round to round, so what a round evicts is memory given back.
 
     Args:
         manifest: of an artifact of kind "onnx".

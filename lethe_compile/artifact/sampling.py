@@ -1,4 +1,4 @@
-"""How logits become tokens, in NumPy: greedily, or drawn after temperature, top-k and top-p, as transformers orders them."""
+"""How logits become tokens, in NumPy: greedily, or drawn after temperature, top-k and top-p, in this order."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Sampler:
     """Chooses a token a row from logits ``[rows, vocab]``.
 
     Greedy unless one of `temperature`, `top_k`, `top_p` or `seed` is given. `top_k` keeps the k most probable tokens,
-    and all that tie with the last of them; `top_p` the fewest whose probabilities add up to at least p. Equal seeds draw
-    equal tokens.
+    and all that tie with the last of them; `top_p` the fewest whose probabilities add up to at least p. Equal seeds
+    draw equal tokens.
 
     Raises:
         InputError: a setting is out of range.

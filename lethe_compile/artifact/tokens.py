@@ -26,7 +26,9 @@ class Tokenizer:
         try:
             from tokenizers import Tokenizer as Fast
         except ImportError as error:
-            raise MissingPackageError("text needs a tokenizer: pip install tokenizers, or use --ids", "tokenizers") from error
+            raise MissingPackageError(
+                "text needs a tokenizer: pip install tokenizers, or use --ids", "tokenizers"
+            ) from error
         self._tokenizer: Any = Fast.from_file(str(manifest.path(TOKENIZER)))
         check_vocabulary(self._tokenizer.get_vocab(), manifest.model["vocab_size"], str(manifest.path(TOKENIZER)))
 

@@ -51,8 +51,8 @@ def export(
     tensorrt the ONNX files, and ``engine.plan``               tensorrt
     ======== ================================================= ===========================================
 
-    Everything is written to a temporary directory beside `directory`, which takes its name at the end: an export that is
-    interrupted leaves nothing.
+    Everything is written to a temporary directory beside `directory`, which takes its name at the end: an export that
+    is interrupted leaves nothing.
 
     Args:
         fast: what `optimize` returned.
@@ -65,12 +65,12 @@ def export(
         The manifest.
 
     Raises:
-        UnsupportedGraphError: the model keeps recurrent state, has masks by content, or holds an operator that the format
-            lacks; says which, before anything is written.
+        UnsupportedGraphError: the model keeps recurrent state, has masks by content, or holds an operator that the
+            format lacks; says which, before anything is written.
         ConfigError: an unknown format, or `directory` is in the way.
         ArtifactError: the tokenizer does not belong to the model.
-        MissingPackageError: what writes the format is not installed. For tensorrt, the ONNX files have been written, and
-            the error names the command that builds the engine from them.
+        MissingPackageError: what writes the format is not installed. For tensorrt, the ONNX files have been written,
+            and the error names the command that builds the engine from them.
     """
     folder = Path(directory)
     write = _writer(format)
@@ -169,16 +169,18 @@ def _copy_tokenizer(tokenizer: Any, target: Path, vocab_size: int) -> tuple[str,
     return names
 
 
-def _manifest(fast: OptimizedModel, kind: str, programs: dict[str, ProgramSpec], tokenizer: tuple[str, ...]) -> Manifest:
+def _manifest(
+    fast: OptimizedModel, kind: str, programs: dict[str, ProgramSpec], tokenizer: tuple[str, ...]
+) -> Manifest:
     caches = tuple(
-        CacheSpec(
-            *site.geometry, window, tuple(other.layer for other in fast.sites if other.cache == index)
-        )
+        CacheSpec(*site.geometry, window, tuple(other.layer for other in fast.sites if other.cache == index))
         for index, (site, window) in enumerate(zip(fast.caches, fast.windows, strict=True))
     )
     fast.policy.begin(len(fast.caches), 1)
     state = tuple(
-        StateSpec(name, str(value.dtype).removeprefix("torch."), None if bool(value.isnan().all()) else value[0, 0].item())
+        StateSpec(
+            name, str(value.dtype).removeprefix("torch."), None if bool(value.isnan().all()) else value[0, 0].item()
+        )
         for name, value in fast.policy.state().items()
     )
     interval = fast.config.interval

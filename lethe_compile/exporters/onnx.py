@@ -118,7 +118,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _sign(model: ir.Model, program: ExportableProgram) -> None:
-    """Give the model the inputs, outputs and dynamic sizes that the program names; sizes inside are left to runtimes."""
+    """Give the model the inputs, outputs and sizes that the program names; sizes inside are left to runtimes."""
     import onnx_ir as ir
 
     from lethe_compile import __version__

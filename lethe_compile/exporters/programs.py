@@ -66,16 +66,22 @@ def trace(name: str, module: nn.Module, examples: Sequence[Tensor], dynamic: Seq
     Raises:
         UnsupportedGraphError: it cannot be traced, or a size became a number; says why.
     """
-    sizes = _per_parameter(module, tuple({dim: Dim.DYNAMIC for dim in dims} for dims in dynamic))
+    sizes = _per_parameter(module, tuple(dict.fromkeys(dims, Dim.DYNAMIC) for dims in dynamic))
     with torch.no_grad():
         module(*examples)  # what is constant is made now, and not while it is traced
         try:
             return torch.export.export(
-                module, tuple(examples), dynamic_shapes=sizes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+                module,
+                tuple(examples),
+                dynamic_shapes=sizes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
             )
         except (RuntimeError, torch._dynamo.exc.UserError) as error:
             first = str(error).strip().split("\n")[0]
-            raise UnsupportedGraphError(f"{name} cannot be traced for any number of rows and tokens: {first}") from error
+            raise UnsupportedGraphError(
+                f"{name} cannot be traced for any number of rows and tokens: {first}"
+            ) from error
 
 
 def _per_parameter(module: nn.Module, sizes: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -142,9 +148,7 @@ def prune_program(fast: OptimizedModel) -> ExportableProgram | None:
         return None
     kinds = (torch.bool, torch.int64, torch.int64)
     given = [Operand(name, ("rows",), kind, fill=1) for name, kind in zip(ROUND_INPUTS, kinds, strict=True)]
-    state = [
-        Operand(name, (len(fast.caches), "rows"), value.dtype) for name, value in policy.state().items()
-    ]
+    state = [Operand(name, (len(fast.caches), "rows"), value.dtype) for name, value in policy.state().items()]
     outputs = _after([*(operand.name for operand in state), *state_names(len(fast.caches))])
     return ExportableProgram("prune", module, (*given, *state, *cache_operands(fast)), outputs, fast.device)
 

@@ -1,4 +1,4 @@
-"""pt2: the optimized program as `torch.export.save` writes it, our ops inside; `import lethe_compile` before loading."""
+"""pt2: the optimized program as `torch.export.save` writes it, with our ops inside."""
 
 from __future__ import annotations
 

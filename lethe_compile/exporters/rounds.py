@@ -17,8 +17,8 @@ INPUTS = ("active", "prompt_length", "next_position")
 class RoundProgram(nn.Module):
     """``(active, prompt_length, next_position, *policy state, *cache) -> (*policy state, *cache)``.
 
-    The first three are ``[rows]``, bool and int64; the policy's state is that of `Policy.state`, ``[caches, rows]`` each;
-    the cache is as `passes.contiguous.state_names` says. Rows that are not active are emptied.
+    The first three are ``[rows]``, bool and int64; the policy's state is that of `Policy.state`, ``[caches, rows]``
+    each; the cache is as `passes.contiguous.state_names` says. Rows that are not active are emptied.
     """
 
     def __init__(self, policy: Policy, windows: tuple[int | None, ...]) -> None:

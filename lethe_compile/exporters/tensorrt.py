@@ -1,4 +1,4 @@
-"""TensorRT: the ONNX artifact within the parser's limits, checked operator by operator, and the engines built from it."""
+"""TensorRT: the ONNX artifact within the parser's limits, checked operator by operator, and how engines are built."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def build(fast: OptimizedModel, directory: Path, bounds: Bounds | None = None) -
     if find_spec("tensorrt") is None:
         files = ", ".join(str(directory / f"{program.name}.onnx") for program in programs)
         raise MissingPackageError(
-            f"the Python package 'tensorrt' is not installed, so no engine was built. {files} were written and are within"
-            f" the limits of TensorRT {LATEST}. Build the engines with: {' && '.join(commands)}",
+            f"the Python package 'tensorrt' is not installed, so no engine was built. {files} were written and are"
+            f" within the limits of TensorRT {LATEST}. Build the engines with: {' && '.join(commands)}",
             "tensorrt",
         )
     raise MissingPackageError(
@@ -84,9 +84,10 @@ def build(fast: OptimizedModel, directory: Path, bounds: Bounds | None = None) -
 
 
 def trtexec(program: ExportableProgram, directory: Path, bounds: Bounds) -> str:
-    """The command that builds the engine of a program, ``NAME.plan``; of a step with a profile for decode and prefill."""
+    """The command that builds a program's engine, ``NAME.plan``; of a step with profiles for decode and prefill."""
     profiles = bounds.profiles() if program.name == "step" else bounds.profiles()[:1]
-    parts = [f"trtexec --onnx={directory / program.name}.onnx --saveEngine={directory / program.name}.plan --stronglyTyped"]
+    path = directory / program.name
+    parts = [f"trtexec --onnx={path}.onnx --saveEngine={path}.plan --stronglyTyped"]
     for index, sizes in enumerate(profiles):
         if len(profiles) > 1:
             parts.append(f"--profile={index}")

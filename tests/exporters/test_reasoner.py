@@ -25,7 +25,6 @@ from lethe_compile.models import reasoner
 from lethe_compile.runtime import OptimizedModel
 from lethe_compile.tools import export
 from lethe_compile.tools import run as run_tool
-
 from tests.exporters.onnx_case import check_format, generated, lethe_without
 
 
@@ -176,9 +175,7 @@ class TestTensorRT:
         check_format(narrow)
 
     def test_a_round_keeps_the_same_tokens(self, artifact: Path, narrow: Path) -> None:
-        first, second = (
-            onnxruntime.InferenceSession(str(folder / "prune.onnx")) for folder in (artifact, narrow)
-        )
+        first, second = (onnxruntime.InferenceSession(str(folder / "prune.onnx")) for folder in (artifact, narrow))
         random = np.random.default_rng(0)
         feed: dict[str, Any] = {}
         for given in first.get_inputs():

@@ -1,0 +1,55 @@
+"""pt2: the program with our ops inside, loaded and run by torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lethe_compile.artifact.manifest import Device, load_manifest
+from lethe_compile.errors import ArtifactError
+from lethe_compile.exporters.run_pt2 import check_device
+from lethe_compile.models.tiny import tiny
+from tests.exporters.onnx_case import check_equal, optimized
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pt2") / "llama"
+    check_equal(optimized(tiny("llama")), folder, format="pt2")
+    return folder
+
+
+def test_a_fresh_process_loads_it_after_importing_us(artifact: Path) -> None:
+    code = (
+        "import sys, torch, lethe_compile.kernels.ops\n"
+        f"program = torch.export.load({str(artifact / 'step.pt2')!r})\n"
+        "targets = {str(node.target) for node in program.graph.nodes}\n"
+        "assert 'lethe.attention.default' in targets, targets\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_weights_are_written_once_and_are_no_pickle(artifact: Path) -> None:
+    with zipfile.ZipFile(artifact / "step.pt2") as archive:
+        weights = [info for info in archive.infolist() if "/weights/weight_" in info.filename]
+        assert sum(info.file_size for info in weights) < 1.1 * 4 * load_manifest(artifact).model["parameters"]
+        assert all(archive.read(info)[:2] not in (b"PK", b"\x80\x02") for info in weights)
+
+
+def test_another_device_is_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = replace(load_manifest(artifact), device=Device("cuda", (9, 0)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ArtifactError, match="was made for a cuda device, and there is none here"):
+        check_device(manifest)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(ArtifactError, match=r"compute capability 9.0, and this device has 8.0"):
+        check_device(manifest)
