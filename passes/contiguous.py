@@ -305,6 +305,6 @@ def _without_own_ops(region: fx.GraphModule) -> fx.GraphModule:
 
 
 def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    given = biases or [None] * len(weights)
+    given: Sequence[Tensor | None] = biases or [None] * len(weights)
     maps = zip(weights, given, strict=True)
     return torch.cat([nn.functional.linear(x, weight, bias) for weight, bias in maps], dim=-1)

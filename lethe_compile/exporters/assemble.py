@@ -89,7 +89,8 @@ class _Assembly:
                 self.values[node] = self._copy(node)
             elif node.op == "call_function":
                 assert node.target is getitem, node.target
-                self.values[node] = self.values[node.args[0]][node.args[1]]
+                call, index = node.args
+                self.values[node] = self.values[call][index]  # type: ignore[index]  # FX says Argument
         results: Any = graph.output_node().args[0]
         outputs = [self.values[node] for node in results]
         opset = {"": max(model.opset_imports[""] for model in self.templates.values())}
@@ -144,6 +145,6 @@ class _Assembly:
             name = f"{module}/{value.name}"
             assert tensor is not None, f"{name} is no constant"
             self.constants[value] = ir.Value(
-                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape
+                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape)
             )
         return self.constants[value]

@@ -24,7 +24,7 @@ def write_pt2(fast: OptimizedModel, directory: Path, progress: Callable[[str], N
             continue
         progress(f"{program.name}: tracing")
         exported = program.trace()
-        exported.example_inputs = None  # type: ignore[assignment]  # examples are no part of the program
+        exported.example_inputs = None  # examples are no part of the program
         file = f"{program.name}.pt2"
         progress(f"{program.name}: writing {file}")
         torch.export.save(exported, directory / file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ class Pt2Runner:
             torch.zeros(self._rows, 0, **options),
         )
 
-    def _deal(self, caches: list[tuple[Tensor, ...]], pages: int) -> None:
+    def _deal(self, caches: Sequence[tuple[Tensor, ...]], pages: int) -> None:
         """Put contiguous caches into `pages` pages a row, cutting them or filling up with zeros."""
         self._row_pages, capacity = pages, pages * self._page
         self._tensors: dict[str, Tensor] = {}
