@@ -127,19 +127,36 @@ class CachedAttention(nn.Module):
         return out, k, v, position, mass
 
 
-class Split(nn.Module):
-    """``(position, mass, length)`` of all caches to those of each, one cache after the other."""
+class Begin(nn.Module):
+    """The first span, and the shared state taken apart: ``(position, mass, length, *inputs) -> (*span, *state)``.
 
-    def forward(self, *shared: Tensor) -> tuple[Tensor, ...]:
-        return tuple(one for cache in zip(*(tensor.unbind(0) for tensor in shared), strict=True) for one in cache)
+    State is that of each cache, one cache after the other.
+    """
+
+    def __init__(self, region: fx.GraphModule) -> None:
+        super().__init__()
+        self.region = region
+
+    def forward(self, position: Tensor, mass: Tensor, length: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        caches = zip(position.unbind(0), mass.unbind(0), length.unbind(0), strict=True)
+        return (*self.region(*inputs), *(tensor for cache in caches for tensor in cache))
 
 
-class Join(nn.Module):
-    """``(length, new_lengths, *positions, *masses)`` of each cache to those of all; lengths are advanced."""
+class End(nn.Module):
+    """The last span, and the shared state put together, lengths advanced.
 
-    def forward(self, length: Tensor, new_lengths: Tensor, *slots: Tensor) -> tuple[Tensor, ...]:
-        count = len(slots) // 2
-        return torch.stack(slots[:count]), torch.stack(slots[count:]), length + new_lengths
+    ``(new_lengths, length, *positions, *masses, *inputs) -> (logits, position, mass, length)``
+    """
+
+    def __init__(self, span: LastSpan, caches: int) -> None:
+        super().__init__()
+        self.span, self.caches = span, caches
+
+    def forward(self, new_lengths: Tensor, length: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        count = self.caches
+        positions, masses, inputs = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        logits = self.span(new_lengths, *inputs)
+        return logits, torch.stack(positions), torch.stack(masses), length + new_lengths
 
 
 class LastSpan(nn.Module):
@@ -187,57 +204,65 @@ class _Builder:
         self.values: dict[fx.Node, fx.Node] = {}  # of the program to those of the graph
         self.weights: dict[int, str] = {}  # names by identity: tied weights are one
         self.attentions: dict[tuple[Any, ...], str] = {}
-        self.decay: fx.Node | None = None
+        self.given: dict[str, fx.Node] = {}  # the graph's inputs
 
     def build(self) -> fx.GraphModule:
-        caches = self._inputs()
+        caches = self._begin()
         sites = {site.node: site for site in self.program.sites}
         for index, cut in enumerate(self.outline.cuts):
             assert is_call(cut, CACHED_OP), "other state is refused first"
-            self._span(self.outline.spans[index])
+            if index:
+                self._span(self.outline.spans[index])
             self._attention(sites[cut], caches)
-        logits = self._last_span(self.outline.spans[-1])
-        self.graph.output(self._outputs(logits, caches))
+        self.graph.output(self._end(caches))
         self.graph.lint()
         return fx.GraphModule(self.root, self.graph)
 
-    def _outputs(self, logits: fx.Node, caches: list[_Cache]) -> Any:
-        slots = [getattr(cache, name) for name in ("position", "mass") for cache in caches]
-        joined = self._call("join", Join(), (self.length, self.new_lengths, *slots), 3)
-        return logits, *(x for cache in caches for x in (cache.k, cache.v)), *joined
-
-    def _inputs(self) -> list[_Cache]:
-        given = {name: self.graph.placeholder(name) for name in ("input_ids", "positions", "new_lengths")}
-        self.new_lengths = given["new_lengths"]
+    def _inputs(self, names: Sequence[str]) -> dict[str, fx.Node]:
+        given = {name: self.graph.placeholder(name) for name in names}
         for node in self.program.placeholders():
             if node.target in given:
                 self.values[node] = given[str(node.target)]
-        if any(site.node.args[18] is not None for site in self.program.sites):
-            self.decay = self.graph.placeholder("decay")
-        count = len(self.program.caches)
-        state = {name: self.graph.placeholder(name) for name in state_names(count)}
-        self.length = state["length"]
-        parts = self._call("split", Split(), tuple(state[name] for name in SHARED_STATE), 3 * count)
-        return [_Cache(state[f"k_{i}"], state[f"v_{i}"], *parts[3 * i : 3 * i + 3]) for i in range(count)]
+        return given
+
+    def _begin(self) -> list[_Cache]:
+        count, scored = len(self.program.caches), any(site.node.args[18] is not None for site in self.program.sites)
+        names = ("input_ids", "positions", "new_lengths", *(["decay"] if scored else []), *state_names(count))
+        self.given = self._inputs(names)
+        span = self.outline.spans[0]
+        inputs = (*(self.given[name] for name in SHARED_STATE), *map(self._value, span.inputs))
+        results = self._call("begin", Begin(self._region(span)), inputs, len(span.outputs) + 3 * count)
+        self.values.update(zip(span.outputs, results, strict=False))
+        parts = results[len(span.outputs) :]
+        return [_Cache(self.given[f"k_{i}"], self.given[f"v_{i}"], *parts[3 * i : 3 * i + 3]) for i in range(count)]
 
     def _span(self, span: Span) -> None:
-        inputs = tuple(self._value(node) for node in span.inputs)
-        region = _without_own_ops(self.outline.regions[span.region])
-        outputs = self._call(f"region_{span.region}", region, inputs, len(span.outputs))
+        inputs = tuple(map(self._value, span.inputs))
+        outputs = self._call(f"region_{span.region}", self._region(span), inputs, len(span.outputs))
         self.values.update(zip(span.outputs, outputs, strict=True))
 
-    def _last_span(self, span: Span) -> fx.Node:
+    def _end(self, caches: list[_Cache]) -> Any:
+        slots = [getattr(cache, name) for name in ("position", "mass") for cache in caches]
+        inputs = (self.given["new_lengths"], self.given["length"], *slots, *self._last_inputs())
+        logits, *state = self._call("end", End(self._last_span(), len(caches)), inputs, 4)
+        return logits, *(x for cache in caches for x in (cache.k, cache.v)), *state
+
+    def _last_span(self) -> LastSpan:
+        span = self.outline.spans[-1]
         dims = narrowed(self.program, span)
         by_node = None if dims is None else [dict(dims).get(node) for node in span.inputs]
-        module = LastSpan(_without_own_ops(self.outline.regions[span.region]), by_node)
-        inputs = tuple(self._value(node) for node in span.inputs)
-        self.root.add_module("last", module)
-        return self.graph.call_module("last", (self.new_lengths, *inputs))
+        return LastSpan(self._region(span), by_node)
+
+    def _last_inputs(self) -> list[fx.Node]:
+        return [self._value(node) for node in self.outline.spans[-1].inputs]
+
+    def _region(self, span: Span) -> fx.GraphModule:
+        return _without_own_ops(self.outline.regions[span.region])
 
     def _attention(self, site: Site, caches: list[_Cache]) -> None:
         arguments, cache = site.node.args, caches[site.cache]
         query, key, value, positions, new_lengths = (self._value(n) for n in (*arguments[:3], *arguments[9:11]))
-        optional = (self.decay, *(n if n is None else self._value(n) for n in arguments[11:13]))
+        optional = (self.given.get("decay"), *(n if n is None else self._value(n) for n in arguments[11:13]))
         state = (cache.k, cache.v, cache.position, cache.mass, cache.length)
         given = (query, key, value, *state, positions, new_lengths, *(n for n in optional if n is not None))
         kind = (site.heads, *site.geometry, *(n is None for n in optional), *arguments[13:17], *arguments[18:21])
@@ -266,18 +291,17 @@ class _Builder:
 class _PagedBuilder(_Builder):
     """The same spans, around the ops that they were cut at."""
 
-    def _inputs(self) -> list[_Cache]:
-        for node in self.program.placeholders():
-            self.values[node] = self.graph.placeholder(str(node.target))
-            if node.target == "new_lengths":
-                self.new_lengths = self.values[node]
+    def _begin(self) -> list[_Cache]:
+        self.given = self._inputs([str(node.target) for node in self.program.placeholders()])
+        self._span(self.outline.spans[0])
         return []
 
     def _attention(self, site: Site, caches: list[_Cache]) -> None:
         self.values[site.node] = self.graph.node_copy(site.node, self._value)
 
-    def _outputs(self, logits: fx.Node, caches: list[_Cache]) -> Any:
-        return logits
+    def _end(self, caches: list[_Cache]) -> Any:
+        self.root.add_module("end", self._last_span())
+        return self.graph.call_module("end", (self.given["new_lengths"], *self._last_inputs()))
 
 
 def _place(root: nn.Module, path: str, weight: Tensor) -> None:

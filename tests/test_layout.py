@@ -144,6 +144,23 @@ def test_an_import_along_the_order_passes(source: str) -> None:
     assert violations(source, "lethe_compile.kernels.attention.cpu", "lethe_compile.kernels.attention") == []
 
 
+def test_what_runs_artifacts_needs_no_torch() -> None:
+    heavy = {"torch", "transformers", "triton"}
+    files = [
+        *(PACKAGE / "artifact").glob("*.py"),
+        ROOT / "tools" / "run.py",
+        PACKAGE / "config.py",
+        PACKAGE / "errors.py",
+    ]
+    found = {
+        f"{path.name}:{line}"
+        for path in files
+        for line, module in imported_modules(ast.parse(path.read_text()), "lethe_compile.artifact")
+        if module.split(".")[0] in heavy
+    }
+    assert found == set()
+
+
 def run_python(code: str, *flags: str, cwd: Path = ROOT) -> str:
     ran = subprocess.run([sys.executable, *flags, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

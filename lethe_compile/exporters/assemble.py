@@ -106,8 +106,8 @@ class _Assembly:
         self.weights.append(value)
         return value
 
-    def _copy(self, call: fx.Node) -> list[ir.Value] | ir.Value:
-        """The template of a module with a call's operands; its results, one alone where the module returns one."""
+    def _copy(self, call: fx.Node) -> list[ir.Value | None]:
+        """The template of a module with a call's operands; its results."""
         template = self.templates[str(call.target)]
         assert not template.functions, "functions of the exporter are inlined"
         values: dict[ir.Value | None, ir.Value | None] = {None: None}
@@ -116,9 +116,7 @@ class _Assembly:
             values[value] = self._constant(str(call.target), value)
         for node in template.graph:
             self._copy_node(node, values, call.name)
-        results = [values[value] for value in template.graph.outputs]
-        single = call.target == "last"
-        return results[0] if single else results  # type: ignore[return-value]
+        return [values[value] for value in template.graph.outputs]
 
     def _copy_node(self, node: ir.Node, values: dict[Any, Any], prefix: str) -> None:
         import onnx_ir as ir

@@ -65,8 +65,8 @@ def _sum_floats(node: ir.Node) -> None:
     to_float = _before(node, "Cast", [given], {"to": ir.DataType.FLOAT}, ir.DataType.FLOAT, "float")
     node.replace_input_with(0, to_float)
     back = ir.node("Cast", [result], {"to": given.dtype}, name=f"{node.name}/integer")
-    back.outputs[0].name, back.outputs[0].dtype = f"{result.name}/integer", given.dtype
-    ir.convenience.replace_all_uses_with(result, back.outputs[0])
+    back.outputs[0].dtype = given.dtype
+    _take_place(result, back.outputs[0])
     back.replace_input_with(0, result)
     result.dtype = ir.DataType.FLOAT
     _graph(node).insert_after(node, back)
@@ -83,7 +83,7 @@ def _as_bounds(node: ir.Node) -> None:
     for bound, op in zip((*node.inputs[1:], None)[:2], ("Max", "Min"), strict=True):
         if bound is not None:
             current = _before(node, op, [current, bound], {}, given.dtype, op.lower())
-    ir.convenience.replace_all_uses_with(node.outputs[0], current)
+    _take_place(node.outputs[0], current)
     _graph(node).remove(node, safe=True)
 
 
@@ -96,8 +96,16 @@ def _as_logic(node: ir.Node) -> None:
         return
     differ = _before(node, "Xor", [left, right], {}, ir.DataType.BOOL, "xor")
     same = _before(node, "Not", [differ], {}, ir.DataType.BOOL, "not")
-    ir.convenience.replace_all_uses_with(node.outputs[0], same)
+    _take_place(node.outputs[0], same)
     _graph(node).remove(node, safe=True)
+
+
+def _take_place(old: ir.Value, new: ir.Value) -> None:
+    """`new` is read wherever `old` was, and has its name."""
+    import onnx_ir as ir
+
+    new.name, old.name, new.shape = old.name, f"{old.name}/before", old.shape
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
 def _before(

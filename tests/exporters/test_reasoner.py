@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 
-from lethe_compile import optimize
+from lethe_compile import LetheConfig, optimize
 from lethe_compile.artifact import generate, open_artifact
 from lethe_compile.artifact.manifest import load_manifest
 from lethe_compile.artifact.sampling import Sampler
@@ -32,14 +32,14 @@ from tests.exporters.onnx_case import check_format, generated, lethe_without
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifact") / "reasoner"
     start = time.perf_counter()
-    assert export.main(["reasoner", "--format", "onnx", "--out", str(folder)]) == 0
+    assert export.main(["reasoner", "--format", "onnx", "--out", str(folder), "--set", "prune_interval=16"]) == 0
     print(f"exported in {time.perf_counter() - start:.1f} s")
     return folder
 
 
 @pytest.fixture(scope="module")
 def fast() -> OptimizedModel:
-    return optimize(reasoner.load_model(), verified=False)
+    return optimize(reasoner.load_model(), LetheConfig(prune_interval=16), verified=False)
 
 
 def prompts() -> list[list[int]]:
@@ -62,14 +62,14 @@ def test_a_fresh_process_without_torch_writes_the_same_tokens(
     stats = fast.cache_stats()
     assert result["retained"] == stats.retained
     assert result["retained_per_layer"] == np.mean(stats.retained, axis=1).tolist()
-    assert max(result["retained_per_layer"]) < new
+    assert result["rounds"] >= 5 and min(result["retained_per_layer"]) < 0.8 * max(map(len, result["ids"]))
     print(f"{artifact}: {sum(f.stat().st_size for f in artifact.iterdir())} bytes; {ran.stderr}")
 
 
 def test_programs_pass_the_checker_and_weights_are_written_once(artifact: Path, fast: OptimizedModel) -> None:
     check_format(artifact)
     parameters = sum(weight.numel() for weight in fast.program.module.parameters())
-    assert 4 * parameters <= (artifact / "weights.bin").stat().st_size < 4.1 * parameters
+    assert 3.99 * parameters < (artifact / "weights.bin").stat().st_size < 4.01 * parameters
     assert all(file.stat().st_size < 1 << 19 for file in artifact.glob("*.onnx"))
 
 
@@ -85,7 +85,7 @@ def test_manifest_says_what_a_runner_needs(artifact: Path, fast: OptimizedModel)
     assert manifest.kind == "onnx" and manifest.device.type == "any"
     assert manifest.model["vocab_size"] == fast.vocab_size and manifest.model["dtype"] == "float32"
     assert [(c.kv_heads, c.k_dim, c.v_dim) for c in manifest.caches] == [site.geometry for site in fast.caches]
-    assert manifest.policy["config"] == fast.config.to_dict() and manifest.policy["interval"] == 32
+    assert manifest.policy["config"] == fast.config.to_dict() and manifest.policy["interval"] == 16
     assert manifest.generation["eos_token_id"] == [2]
     assert "tokenizer.json" in manifest.tokenizer
     assert {"torch", "lethe_compile", "onnxscript"} <= set(manifest.versions)
@@ -154,7 +154,8 @@ class TestTensorRT:
     """The same programs within the limits of TensorRT's parser; run on ONNX Runtime, where TensorRT is not."""
 
     @pytest.fixture(scope="class")
-    def narrow(self, artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @staticmethod
+    def narrow(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = tmp_path_factory.mktemp("tensorrt") / "narrow"
         shutil.copytree(artifact, folder)
         for name in ("step", "prune"):

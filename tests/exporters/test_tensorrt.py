@@ -33,7 +33,7 @@ def model(
     """One node over inputs of these types."""
     given = [helper.make_tensor_value_info(name, kind, ["n", "m"]) for name, kind in inputs.items()]
     values = [helper.make_tensor(name, INT64, [len(x)], x) for name, x in (constants or {}).items()]
-    result = helper.make_tensor_value_info("y", output, None)
+    result = helper.make_tensor_value_info("y", output, ["n", "m"])
     node = helper.make_node(op, [*inputs, *(constants or {})], ["y"], name="node", domain=domain, **attributes)
     graph = helper.make_graph([node], "graph", given, [result], values)
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
@@ -111,6 +111,7 @@ def test_a_rewrite(made: Callable[[], ir.Model], expected: list[str]) -> None:
     within_limits(one)
     assert [node.op_type for node in one.graph] == expected
     onnx.checker.check_model(ir.to_proto(one))
+    assert [value.name for value in one.graph.outputs] == ["y"]
 
 
 def test_without_tensorrt_it_says_what_was_written_and_what_to_run(
