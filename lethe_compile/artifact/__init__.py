@@ -1,16 +1,19 @@
-"""Artifacts: directories that `export` writes and `lethe run` executes. Nothing here imports torch or transformers.
+"""Artifacts: directories that `export` writes and `lethe run` executes.
+
+Nothing here imports transformers, and nothing torch but the runners of torch's own formats.
 
 A program that is to run alone needs `manifest`, `loop`, `sampling`, the module of its format, and NumPy.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lethe_compile.artifact.loop import Generation, Runner, generate
 from lethe_compile.artifact.manifest import Manifest, load_manifest
-from lethe_compile.errors import ArtifactError
+from lethe_compile.errors import ArtifactError, MissingPackageError
 
 __all__ = ["Generation", "Manifest", "Runner", "generate", "load_manifest", "open_artifact"]
 
@@ -30,9 +33,20 @@ def open_artifact(directory: str | Path, **options: Any) -> Runner:
 
         return OnnxRunner(manifest, **options)
     if manifest.kind == "pt2":
-        from lethe_compile.exporters.run_pt2 import Pt2Runner
+        _require("torch", manifest)
+        from lethe_compile.artifact.pt2 import Pt2Runner
 
         return Pt2Runner(manifest, **options)
+    if manifest.kind == "aoti":
+        _require("torch", manifest)
+        from lethe_compile.artifact.aoti import AotiRunner
+
+        return AotiRunner(manifest, **options)
     raise ArtifactError(
         f"{manifest.directory}: an artifact of kind {manifest.kind!r} cannot be run by this version of Lethe Compile"
     )
+
+
+def _require(package: str, manifest: Manifest) -> None:
+    if find_spec(package) is None:
+        raise MissingPackageError(f"{manifest.directory} runs on {package}: pip install {package}", package)

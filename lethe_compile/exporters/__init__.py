@@ -48,7 +48,8 @@ def export(
     ======== ================================================= ===========================================
     onnx     ``step.onnx``, ``prune.onnx``, ``weights.bin``    onnxruntime and NumPy; any device of theirs
     pt2      ``step.pt2``, ``prune.pt2``                       torch and lethe_compile
-    tensorrt the ONNX files, and ``engine.plan``               tensorrt
+    aoti     ``step.pt2``, ``prune.pt2``                       torch, from Python or C++; where it was made
+    tensorrt the ONNX files, within the parser's limits        tensorrt, which builds engines from them
     ======== ================================================= ===========================================
 
     Everything is written to a temporary directory beside `directory`, which takes its name at the end: an export that
@@ -103,7 +104,9 @@ def _writer(format: str) -> Writer:
         from lethe_compile.exporters.tensorrt import write_tensorrt
 
         return write_tensorrt
-    raise ConfigError(f"format={format!r} is not there yet")
+    from lethe_compile.exporters.aoti import write_aoti
+
+    return write_aoti
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:

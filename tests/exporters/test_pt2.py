@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lethe_compile.artifact.manifest import Device, load_manifest
+from lethe_compile.artifact.torch_device import check_device
 from lethe_compile.errors import ArtifactError
-from lethe_compile.exporters.run_pt2 import check_device
 from lethe_compile.models.tiny import tiny
 from tests.exporters.onnx_case import check_equal, optimized
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import lethe_compile.kernels.ops  # noqa: F401  (registers the operators that the programs call)
 from lethe_compile.artifact.manifest import CacheSpec, Manifest
 from lethe_compile.artifact.sampling import Floats, Ints
-from lethe_compile.errors import ArtifactError
+from lethe_compile.artifact.torch_device import check_device
 
 _POOL = ("k_pages", "v_pages", "slot_position", "slot_mass")
 
@@ -29,8 +29,7 @@ class Pt2Runner:
     """
 
     def __init__(self, manifest: Manifest, *, threads: int | None = None) -> None:
-        self.manifest, self.device = manifest, torch.device(manifest.device.type)
-        check_device(manifest)
+        self.manifest, self.device = manifest, check_device(manifest)
         if threads is not None:
             torch.set_num_threads(threads)
         self._programs = {
@@ -145,21 +144,6 @@ class Pt2Runner:
             own = pages.unflatten(0, (len(members), self._rows, self._row_pages))[at]  # [rows, pages, …, page, …]
             found.append(own.transpose(1, 2).flatten(2, 3).contiguous() if number < 2 else own.flatten(1))
         return tuple(found)
-
-
-def check_device(manifest: Manifest) -> None:
-    """Raise `ArtifactError` where this machine lacks the device that an artifact was made for."""
-    made = manifest.device
-    if made.type == "cpu":
-        return
-    if made.type != "cuda" or not torch.cuda.is_available():
-        raise ArtifactError(f"{manifest.directory} was made for a {made.type} device, and there is none here")
-    here = torch.cuda.get_device_capability()
-    if made.capability is not None and here != made.capability:
-        raise ArtifactError(
-            f"{manifest.directory} was made for compute capability {made.capability[0]}.{made.capability[1]}, and this"
-            f" device has {here[0]}.{here[1]}: export again on such a device"
-        )
 
 
 def _by_geometry(caches: tuple[CacheSpec, ...]) -> dict[tuple[int, int, int], list[int]]:
