@@ -75,7 +75,7 @@ class ContiguousRunner(ABC):
             self._capacity = capacity
 
     def step(self, ids: Ints, positions: Ints, new_lengths: NDArray[np.int32], decay: float) -> Floats:
-        given = {"input_ids": ids, "positions": positions, "new_lengths": new_lengths}
+        given: dict[str, NDArray[Any]] = {"input_ids": ids, "positions": positions, "new_lengths": new_lengths}
         after = self._run("step", {**given, "decay": np.array([decay], np.float32)})
         return np.asarray(self._read(after["logits"]), np.float32)
 

@@ -89,8 +89,8 @@ class _Assembly:
                 self.values[node] = self._copy(node)
             elif node.op == "call_function":
                 assert node.target is getitem, node.target
-                call, index = node.args
-                self.values[node] = self.values[call][index]  # type: ignore[index]  # FX says Argument
+                call: Any = node.args[0]
+                self.values[node] = self.values[call][node.args[1]]
         results: Any = graph.output_node().args[0]
         outputs = [self.values[node] for node in results]
         opset = {"": max(model.opset_imports[""] for model in self.templates.values())}
@@ -111,7 +111,8 @@ class _Assembly:
         template = self.templates[str(call.target)]
         assert not template.functions, "functions of the exporter are inlined"
         values: dict[ir.Value | None, ir.Value | None] = {None: None}
-        values.update(zip(template.graph.inputs, (self.values[n] for n in call.args), strict=True))
+        operands: Any = call.args
+        values.update(zip(template.graph.inputs, (self.values[n] for n in operands), strict=True))
         for value in template.graph.initializers.values():
             values[value] = self._constant(str(call.target), value)
         for node in template.graph:
@@ -143,6 +144,6 @@ class _Assembly:
             name = f"{module}/{value.name}"
             assert tensor is not None, f"{name} is no constant"
             self.constants[value] = ir.Value(
-                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape)
+                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.numpy().shape)
             )
         return self.constants[value]
