@@ -32,7 +32,7 @@ REFUSED: dict[str, str] = {
 
 
 ON_GPU = (  # what the other GPU tests do not have: biases, chunks, sinks, masks by content, states, MLA, two attentions
-    *("bloom", "llama4_text", "gpt_oss", "deepseek_v32", "glm_moe_dsa", "doge", "qwen3_next", "jamba", "deepseek_v3"),
+    *("bloom", "electra", "llama4_text", "gpt_oss", "deepseek_v32", "glm_moe_dsa", "doge", "qwen3_next", "jamba", "deepseek_v3"),
     *("diffllama", "gptj", "lfm2"),
 )
 
