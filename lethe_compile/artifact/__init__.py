@@ -28,7 +28,7 @@ def open_artifact(directory: str | Path, **options: Any) -> Runner:
             runs it is missing, which is named.
     """
     manifest = load_manifest(directory)
-    if manifest.kind == "onnx":
+    if manifest.kind in ("onnx", "tensorrt"):  # until its engines are built, ONNX Runtime takes the latter too
         from lethe_compile.artifact.onnx import OnnxRunner
 
         return OnnxRunner(manifest, **options)

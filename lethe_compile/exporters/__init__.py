@@ -83,9 +83,9 @@ def export(
         manifest = _manifest(fast, format, programs, files)
         write_manifest(manifest, temporary)
     if format == "tensorrt":
-        from lethe_compile.exporters.tensorrt import build
+        from lethe_compile.exporters.tensorrt import tell_how_to_build
 
-        build(fast, folder)
+        tell_how_to_build(fast, folder, progress or (lambda _: None))
     return load_manifest(folder, verify=False)
 
 

@@ -61,12 +61,13 @@ def refuse_violations(model: object, name: str, version: str = LATEST) -> None:
         raise UnsupportedGraphError(f"TensorRT {version} cannot take {name}.onnx: {listed}")
 
 
-def build(fast: OptimizedModel, directory: Path, bounds: Bounds | None = None) -> None:
+def tell_how_to_build(
+    fast: OptimizedModel, directory: Path, progress: Callable[[str], None], bounds: Bounds | None = None
+) -> None:
     """Say how the engines of an artifact are built that has been written: nothing here builds them yet.
 
     Raises:
-        MissingPackageError: names the ONNX files and the commands that build the engines, and tensorrt, if it is not
-            installed.
+        MissingPackageError: tensorrt is not installed; names the ONNX files and the commands that build the engines.
     """
     bounds = bounds or Bounds()
     programs = [program for program in (step_program(fast), prune_program(fast)) if program is not None]
@@ -78,9 +79,8 @@ def build(fast: OptimizedModel, directory: Path, bounds: Bounds | None = None) -
             f" within the limits of TensorRT {LATEST}. Build the engines with: {' && '.join(commands)}",
             "tensorrt",
         )
-    raise MissingPackageError(
-        f"building engines in Python is not there yet; build them with: {' && '.join(commands)}", "tensorrt"
-    )
+    for command in commands:
+        progress(f"build the engine with: {command}")
 
 
 def trtexec(program: ExportableProgram, directory: Path, bounds: Bounds) -> str:

@@ -17,7 +17,7 @@ from lethe_compile.exporters.programs import prune_program, step_program
 from lethe_compile.exporters.tensorrt_limits import VERSIONS, violations
 from lethe_compile.exporters.tensorrt_rewrite import within_limits
 from lethe_compile.models.tiny import tiny
-from tests.exporters.onnx_case import optimized
+from tests.exporters.onnx_case import check_format, lethe_without, optimized
 
 FLOAT, INT64, DOUBLE, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.DOUBLE, TensorProto.BOOL
 
@@ -120,11 +120,31 @@ def test_without_tensorrt_it_says_what_was_written_and_what_to_run(
     monkeypatch.setattr(tensorrt, "find_spec", lambda name: None)
     fast = optimized(tiny("llama"))
     with pytest.raises(MissingPackageError) as caught:
-        tensorrt.build(fast, tmp_path)
+        tensorrt.tell_how_to_build(fast, tmp_path, print)
     message = str(caught.value)
     assert caught.value.package == "tensorrt" and "'tensorrt' is not installed" in message
     assert f"{tmp_path / 'step.onnx'}, {tmp_path / 'prune.onnx'} were written" in message
     assert f"trtexec --onnx={tmp_path / 'step.onnx'} --saveEngine={tmp_path / 'step.plan'} --stronglyTyped" in message
+
+
+def test_with_tensorrt_it_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "find_spec", lambda name: object())
+    heard: list[str] = []
+    tensorrt.tell_how_to_build(optimized(tiny("llama")), tmp_path, heard.append)
+    assert [line.startswith("build the engine with: trtexec --onnx=") for line in heard] == [True, True]
+
+
+@pytest.mark.slow
+def test_the_command_line_exits_with_3_and_leaves_programs_that_run(tmp_path: Path) -> None:
+    folder = tmp_path / "engine"
+    command = ["export", "lethe_compile.models.tiny:llama", "--format", "tensorrt", "--out", str(folder)]
+    ran = lethe_without(["tensorrt"], *command, "--set", "prune_interval=8", "--set", "prune_threshold=12")
+    assert ran.returncode == 3, ran.stderr
+    assert "'tensorrt' is not installed" in ran.stderr and "trtexec --onnx=" in ran.stderr
+    check_format(folder)
+    assert [violations(ir.load(folder / f"{name}.onnx")) for name in ("step", "prune")] == [[], []]
+    again = lethe_without(["torch"], "run", str(folder), "--ids", "5,6,7", "--max-new-tokens", "40")
+    assert again.returncode == 0 and "40 tokens in" in again.stderr
 
 
 def test_trtexec_gets_a_profile_for_decode_and_one_for_prefill(tmp_path: Path) -> None:
