@@ -3,6 +3,7 @@
     optimized program                                =>  calls of modules of core aten, without writes
     ``lethe::attention(q, k, v, *pages, …)``         =>  `CachedAttention`: append, attend, score
     ``lethe::linears(x, weights, biases)``           =>  linear maps side by side
+    transformers' product of sorted rows and experts =>  every expert, masked
     page pools and a page table, written in place    =>  ``k_i``, ``v_i``, positions and masses, taken and returned
 
 It serves every format that cannot carry our kernels. Layers that are alike call the same modules with other weights, so
@@ -11,7 +12,7 @@ that a format can be made of each once, however many layers there are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -257,7 +258,7 @@ class _Builder:
         return [self._value(node) for node in self.outline.spans[-1].inputs]
 
     def _region(self, span: Span) -> fx.GraphModule:
-        return _without_own_ops(self.outline.regions[span.region])
+        return _in_core_ops(self.outline.regions[span.region])
 
     def _attention(self, site: Site, caches: list[_Cache]) -> None:
         arguments, cache = site.node.args, caches[site.cache]
@@ -317,14 +318,15 @@ def _place(root: nn.Module, path: str, weight: Tensor) -> None:
         root.register_buffer(name, weight)
 
 
-def _without_own_ops(region: fx.GraphModule) -> fx.GraphModule:
-    """A region whose `lethe::linears` are linear maps."""
-    if not region.graph.find_nodes(op="call_function", target=LINEARS):
+def _in_core_ops(region: fx.GraphModule) -> fx.GraphModule:
+    """A region without the ops that are defined in Python, here or in transformers."""
+    foreign = [node for node in region.graph.nodes if str(node.target) in _DECOMPOSED]
+    if not foreign:
         return region
     graph = fx.Graph()
     graph.output(graph.graph_copy(region.graph, {}))
-    for node in graph.find_nodes(op="call_function", target=LINEARS):
-        node.target = _linears
+    for node in graph.nodes:
+        node.target = _DECOMPOSED.get(str(node.target), node.target)
     return fx.GraphModule(region, graph)
 
 
@@ -332,3 +334,22 @@ def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
     given: Sequence[Tensor | None] = biases or [None] * len(weights)
     maps = zip(weights, given, strict=True)
     return torch.cat([nn.functional.linear(x, weight, bias) for weight, bias in maps], dim=-1)
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x [S, K], sorted by expert, times the weight [G, K, N] of each one's; expert g's end at `ends` [G].
+
+    Every expert is applied to every row: no runtime takes a loop over as many rows as data says.
+    """
+    row = torch.arange(x.shape[0], device=x.device)
+    expert = (row[:, None] >= ends).sum(1)  # [S]
+    out = x.new_zeros(x.shape[0], weight.shape[2])
+    for index in range(weight.shape[0]):
+        out = torch.where((expert == index)[:, None], x @ weight[index], out)
+    return out
+
+
+_DECOMPOSED: Mapping[str, Callable[..., Tensor]] = {
+    str(LINEARS): _linears,
+    "transformers.grouped_mm_fallback.default": _grouped_mm,
+}

@@ -92,8 +92,7 @@ def _translate(name: str, module: nn.Module, examples: Sequence[Tensor], dynamic
         with _quiet():
             exported = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=OPSET)
     except torch.onnx.errors.OnnxExporterError as error:
-        first = next((line for line in str(error.__cause__ or error).splitlines() if line.strip()), "")
-        raise UnsupportedGraphError(f"{name} cannot be written in ONNX's standard operators: {first}") from error
+        raise UnsupportedGraphError(f"{name} cannot be written in standard operators: {_root_of(error)}") from error
     assert exported is not None, "only with a file does it return nothing"
     model = exported.model
     for holder in (model, model.graph, *model.graph, *_values(model.graph)):
@@ -101,6 +100,13 @@ def _translate(name: str, module: nn.Module, examples: Sequence[Tensor], dynamic
         if hasattr(holder, "doc_string"):
             holder.doc_string = None
     return model
+
+
+def _root_of(error: BaseException) -> str:
+    """The first line of the error that the others came from: it names the operator."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextlib.contextmanager
