@@ -66,14 +66,19 @@ def test_half_precision(tmp_path: Path) -> None:
 
 
 def test_a_model_of_more_than_2_gb_is_streamed(tmp_path: Path) -> None:
-    """Beyond what a protobuf holds; peak memory stays within 1.3 times the weights."""
+    """Beyond what a protobuf holds; while it is exported, memory stays within 1.3 times the weights."""
     script = """
-import resource, sys, torch
+import sys, torch
+from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 import lethe_compile as lethe
 import onnxscript, lethe_compile.exporters.onnx
 
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+before = peak()
 config = LlamaConfig(hidden_size=4096, intermediate_size=12288, num_hidden_layers=2, num_attention_heads=32,
                      num_key_value_heads=8, vocab_size=32000, tie_word_embeddings=False)
 with torch.device("meta"):
@@ -83,9 +88,9 @@ for weight in model.parameters():
     weight.data.fill_(0.001)
 model.model.rotary_emb.__init__(config)
 fast = lethe.optimize(model, verified=False)
+Path("/proc/self/clear_refs").write_text("5")  # the peak of the export, not of what came before
 lethe.export(fast, sys.argv[1], format="onnx")
-peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-print(sum(weight.nbytes for weight in model.parameters()), peak)
+print(sum(weight.nbytes for weight in model.parameters()), peak() - before)
 """
     ran = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "large")],
