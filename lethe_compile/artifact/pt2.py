@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
+import pickle
+import zipfile
 from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -14,6 +19,7 @@ import lethe_compile.kernels.ops  # noqa: F401  (registers the operators that th
 from lethe_compile.artifact.manifest import CacheSpec, Manifest
 from lethe_compile.artifact.sampling import Floats, Ints
 from lethe_compile.artifact.torch_device import check_device
+from lethe_compile.errors import ArtifactError
 
 _POOL = ("k_pages", "v_pages", "slot_position", "slot_mass")
 
@@ -25,17 +31,18 @@ class Pt2Runner:
     contiguous caches: pages are gathered for them, and dealt out anew behind them.
 
     Raises:
-        ArtifactError: it was made for a device that is not there.
+        ArtifactError: it was made for a device that is not there, or holds pickled objects.
     """
 
     def __init__(self, manifest: Manifest, *, threads: int | None = None) -> None:
         self.manifest, self.device = manifest, check_device(manifest)
         if threads is not None:
             torch.set_num_threads(threads)
-        self._programs = {
-            name: torch.export.load(manifest.path(program.file)).module(check_guards=False)
-            for name, program in manifest.programs.items()
-        }
+        self._programs = {}
+        for name, program in manifest.programs.items():
+            path = manifest.path(program.file)
+            refuse_pickles(path)
+            self._programs[name] = torch.export.load(path).module(check_guards=False)
         self._dtype: torch.dtype = getattr(torch, manifest.model["dtype"])
         self._page = int(manifest.model["page_size"])
         self._pools = [list(caches) for caches in _by_geometry(manifest.caches).values()]
@@ -144,6 +151,28 @@ class Pt2Runner:
             own = pages.unflatten(0, (len(members), self._rows, self._row_pages))[at]  # [rows, pages, …, page, …]
             found.append(own.transpose(1, 2).flatten(2, 3).contiguous() if number < 2 else own.flatten(1))
         return tuple(found)
+
+
+def refuse_pickles(path: Path) -> None:
+    """Raise `ArtifactError` for a program of `torch.export.save` that would have pickled objects loaded.
+
+    torch takes tensors of other classes, constants that are objects, and example inputs out of pickles, which may run
+    any code. None of that is in what `lethe export` writes, apart from examples that hold nothing.
+    """
+    message = f"{path} holds pickled objects, which may run any code: it is not loaded"
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            folder = PurePosixPath(name).parent.name
+            if folder in ("weights", "constants") and name.endswith("_config.json"):
+                entries = json.loads(archive.read(name))["config"].values()
+                tensors = all(str(one["path_name"]).startswith(("weight_", "tensor_")) for one in entries)
+                if not tensors or any(one["use_pickle"] for one in entries):
+                    raise ArtifactError(message)
+            elif folder == "sample_inputs" and archive.getinfo(name).file_size:
+                try:
+                    torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+                except pickle.UnpicklingError as error:
+                    raise ArtifactError(message) from error
 
 
 def _by_geometry(caches: tuple[CacheSpec, ...]) -> dict[tuple[int, int, int], list[int]]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lethe_compile.artifact.manifest import Device, load_manifest
+from lethe_compile.artifact.pt2 import refuse_pickles
 from lethe_compile.artifact.torch_device import check_device
 from lethe_compile.errors import ArtifactError
 from lethe_compile.models.tiny import tiny
@@ -42,6 +46,42 @@ def test_weights_are_written_once_and_are_no_pickle(artifact: Path) -> None:
         weights = [info for info in archive.infolist() if "/weights/weight_" in info.filename]
         assert sum(info.file_size for info in weights) < 1.1 * 4 * load_manifest(artifact).model["parameters"]
         assert all(archive.read(info)[:2] not in (b"PK", b"\x80\x02") for info in weights)
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return Path.write_text, (Path("bomb"), "exploded")
+
+
+def replaced(source: Path, target: Path, change: Callable[[str, bytes], bytes]) -> Path:
+    """A copy of an archive, its entries changed."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+    return target
+
+
+def planted(name: str, data: bytes) -> bytes:
+    if "/sample_inputs/" not in name:
+        return data
+    buffer = io.BytesIO()
+    torch.save(Bomb(), buffer)
+    return buffer.getvalue()
+
+
+def flagged(name: str, data: bytes) -> bytes:
+    return data.replace(b'"use_pickle": false', b'"use_pickle": true') if name.endswith("weights_config.json") else data
+
+
+@pytest.mark.parametrize("change", [planted, flagged])
+def test_a_program_with_pickled_objects_is_not_loaded(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[str, bytes], bytes]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refuse_pickles(artifact / "step.pt2")
+    with pytest.raises(ArtifactError, match="holds pickled objects, which may run any code"):
+        refuse_pickles(replaced(artifact / "step.pt2", tmp_path / "step.pt2", change))
+    assert not (tmp_path / "bomb").exists()
 
 
 def test_another_device_is_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
