@@ -17,15 +17,9 @@ from lethe_compile.artifact import generate, open_artifact
 from lethe_compile.exporters import export
 from lethe_compile.runtime import OptimizedModel
 
-BLOCK = """
+ABSENT = """
 import sys
-
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {packages!r}:
-            raise ImportError(f"{{name}} is not there")
-
-sys.meta_path.insert(0, Block())
+sys.modules.update(dict.fromkeys({packages!r}))  # to import one of them fails, as if it were not there
 from lethe_compile.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -33,7 +27,7 @@ sys.exit(main(sys.argv[1:]))
 
 def lethe_without(packages: Sequence[str], *arguments: str) -> subprocess.CompletedProcess[str]:
     """`lethe ARGUMENTS` in a fresh process in which some packages cannot be imported."""
-    code = BLOCK.format(packages=tuple(packages))
+    code = ABSENT.format(packages=tuple(packages))
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 

@@ -20,13 +20,7 @@ pytestmark = pytest.mark.slow
 
 ALONE = """
 import sys
-
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("lethe_compile", "transformers"):
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Block())
+sys.modules.update(dict.fromkeys(("lethe_compile", "transformers")))  # to import one of them fails
 import json, torch
 from pathlib import Path
 folder = Path(sys.argv[1])

@@ -21,6 +21,8 @@ from lethe_compile.errors import ArtifactError
 from lethe_compile.models.tiny import tiny
 from tests.exporters.onnx_case import check_equal, optimized
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
