@@ -303,6 +303,11 @@ def select(mass: Tensor, position: Tensor, length: Tensor, **rule: Any) -> tuple
     return select_reference.select(mass, position, length, **rule)
 
 
+def top(score: Tensor, position: Tensor, length: Tensor, **rule: Any) -> Tensor:
+    """`kernels.select.reference.top`, which is PyTorch on every device: no round has been seen to wait for its sort."""
+    return select_reference.top(score, position, length, **rule)
+
+
 def hoyer_sparsity(mass: Tensor, length: Tensor) -> Tensor:
     """`kernels.select.reference.hoyer_sparsity`, by the fastest kernel for the tensors' device."""
     if _use_triton(mass):

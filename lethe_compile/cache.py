@@ -226,6 +226,20 @@ class KVCache:
         beyond = torch.arange(tokens, device=self.device) >= self.length.unsqueeze(2)
         return mass.masked_fill_(beyond, 0), position.masked_fill_(beyond, -1), self.length.long()
 
+    def keys(self, layer: int) -> Tensor:
+        """[rows, N, kv_heads, k_dim] of one layer, 0 beyond a row's length; N as in `scores`. Nothing is waited for."""
+        self._upload()
+        tokens = max(1, int(self.lengths.max(initial=0)))
+        pool = self._pools[self.pool_of_layer[layer]]
+        keys = pool.keys(self.page_table[layer, :, : self._pages(tokens)], tokens)
+        beyond = torch.arange(tokens, device=self.device) >= self.length[layer].unsqueeze(1)  # [rows, N]
+        return keys.masked_fill(beyond[:, :, None, None], 0)
+
+    def clear_mass(self) -> None:
+        """Forget what attention went to: the mass of every token becomes 0."""
+        for pool in self._pools:
+            pool.clear_mass()
+
     def compact(self, keep: Tensor | None, *others: Tensor) -> list[Counts]:
         """Drop the slots outside `keep` [layers, rows, N] bool, N at least the longest row; free emptied pages.
 

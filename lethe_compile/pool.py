@@ -140,6 +140,15 @@ class Pool:
         mass, position = (self.tensors[name][pages].flatten(2)[:, :, :tokens].contiguous() for name in names)
         return mass, position
 
+    def keys(self, table: Tensor, tokens: int) -> Tensor:
+        """Keys [rows, tokens, kv_heads, k_dim] by one layer's page table [rows, pages]."""
+        pages = self.tensors["k_pages"][table]  # [rows, pages, kv_heads, page, k_dim]
+        return pages.transpose(2, 3).flatten(1, 2)[:, :tokens]
+
+    def clear_mass(self) -> None:
+        """Set the mass of every slot to 0."""
+        self.tensors["slot_mass"].zero_()
+
     def compact(self, table: Tensor, length: Tensor, keep: Tensor) -> Tensor:
         """Drop slots outside `keep` [layers, rows, N]; returns the new lengths [pool's layers, rows] int32.
 

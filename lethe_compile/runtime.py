@@ -18,6 +18,7 @@ from lethe_compile.errors import InputError, OutOfPagesError
 from lethe_compile.executor import DecodeGraph, Executor
 from lethe_compile.ledger import Counts, Ledger
 from lethe_compile.memory import allowance, available_bytes
+from lethe_compile.observation import fill_observed
 from lethe_compile.passes.base import PassRecord
 from lethe_compile.passes.program import Program
 from lethe_compile.past import Past
@@ -102,7 +103,7 @@ class OptimizedModel(nn.Module):
         self._page_bytes = np.array(tokens, np.int64)[:, None] * self.page_size  # [layers, 1]
         self.cache, self.states = self._new_cache(), States(self.stateful, self._device)
         self._generating, self._rows = False, 0
-        self.policy.begin(len(self.caches), 0)
+        self._begin_policy(0)
         self._reset(torch.zeros(0, dtype=torch.int64))
 
     @property
@@ -194,8 +195,11 @@ class OptimizedModel(nn.Module):
             raise InputError(f"{rows} sequences do not fit: {error}") from error
         self.states.begin(len(prompt_lengths))
         self._generating = True
-        self.policy.begin(len(self.caches), len(prompt_lengths))
+        self._begin_policy(len(prompt_lengths))
         self._reset(prompt_lengths, new_tokens)
+
+    def _begin_policy(self, rows: int) -> None:
+        self.policy.begin(len(self.caches), rows, (self._page_bytes[:, 0] // self.page_size).tolist())
 
     def _bucket(self, rows: int) -> int:
         """Rows that the cache is made for: captured graphs serve a few sizes, and what is over stays empty."""
@@ -244,6 +248,7 @@ class OptimizedModel(nn.Module):
         self._ledger = Ledger(len(self.caches), len(prompt_lengths))
         self._text: Text | None = None
         self._until_round = self._furthest = 0
+        self._cleared_at = -1  # steps before a round at which masses are cleared
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, lengths: Tensor, *, whole: bool = False) -> Tensor:
@@ -253,18 +258,32 @@ class OptimizedModel(nn.Module):
         """
         padded = _padded(lengths, self.cache.rows)
         prompts = padded.cpu().numpy().astype(np.int64)
-        self.cache.reserve_rows(prompts)
-        self.cache.assume(prompts)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).repeat(len(input_ids), 1)
-        last = None if whole else (lengths - 1).clamp(min=0)
-        self._furthest = input_ids.shape[1]
-        logits = self._run(self.cache, self.states, input_ids, positions, lengths, self._furthest, last).float()
-        self.states.has_previous_state = True
+        logits = self._fill(input_ids, lengths, prompts, whole)
         self._next_position.copy_(padded)
         self._ledger.prefill(prompts, self.cache.pages_held())
         self._text = text_of(input_ids, int(prompts.max(initial=0)), self.restart_at)
         self._round(padded > 0)
         return logits if whole else logits[:, 0]
+
+    def _fill(self, ids: Tensor, lengths: Tensor, tokens: Counts, whole: bool) -> Tensor:
+        """Fill an empty cache from right-padded ids ``[R, T]`` of `lengths` [R], as `tokens` [rows] has them, too.
+
+        Returns logits ``[R, T, vocab]``, or with `whole` False those of each row's last token, ``[R, 1, vocab]``.
+        """
+        self.cache.reserve_rows(tokens)
+        self.cache.assume(tokens)
+        self._furthest = ids.shape[1]
+
+        def run(ids: Tensor, positions: Tensor, lengths: Tensor, last: Tensor | None) -> Tensor:
+            logits = self._run(self.cache, self.states, ids, positions, lengths, self._furthest, last).float()
+            self.states.has_previous_state = True
+            return logits
+
+        window = self.policy.observation_window
+        if window is not None and ids.shape[1] > 1:
+            return fill_observed(run, self.cache.clear_mass, ids, lengths, window, whole)
+        positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
+        return run(ids, positions, lengths, None if whole else (lengths - 1).clamp(min=0))
 
     @torch.no_grad()
     def adopt(self, past: Past) -> None:
@@ -288,6 +307,7 @@ class OptimizedModel(nn.Module):
             self._live = (prompts > 0).astype(np.int64)
             self._until_round = self.config.interval
             self._reserve(padded > 0)
+            self._observe_from()
         except BaseException:
             self.end()
             raise
@@ -328,6 +348,8 @@ class OptimizedModel(nn.Module):
             return self._restart(self._text.ids, active)
         if self._until_round == 0:
             self._round(_padded(active, self.cache.rows))
+        if self._until_round == self._cleared_at:
+            self.cache.clear_mass()
         self._until_round -= 1
         self.cache.assume(self._live)
         self._furthest += 1
@@ -351,14 +373,8 @@ class OptimizedModel(nn.Module):
         tokens = filled.cpu().numpy().astype(np.int64)
         self.cache.end()
         self.states.begin(self.cache.rows)
-        self.policy.begin(len(self.caches), self.cache.rows)
-        self.cache.reserve_rows(tokens)
-        self.cache.assume(tokens)
-        positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
-        last = (lengths - 1).clamp(min=0)
-        self._furthest = ids.shape[1]
-        logits = self._run(self.cache, self.states, ids, positions, lengths, self._furthest, last).float()
-        self.states.has_previous_state = True
+        self._begin_policy(self.cache.rows)
+        logits = self._fill(ids, lengths, tokens, whole=False)
         self._next_position += filled > 0
         self._text = None
         self._ledger.step()
@@ -405,7 +421,7 @@ class OptimizedModel(nn.Module):
     def unpruned(self) -> Iterator[None]:
         """Generations inside this context evict nothing: the same graph as a baseline."""
         pruning = self.policy
-        self.policy = FullPolicy(self.config)
+        self.policy = FullPolicy(replace(self.config, policy=FullPolicy.name, policy_options={}))
         try:
             yield
         finally:
@@ -428,12 +444,19 @@ class OptimizedModel(nn.Module):
         if left is not None and left > 0:  # no page for tokens that nobody asked for
             self._until_round = min(self._until_round, left)
         self._reserve(active)
+        self._observe_from()
         if on.any():
             self._ledger.timeline.append(self.cache.lengths[:, on > 0].mean(1).tolist())
 
+    def _observe_from(self) -> None:
+        """Set how many steps before the next round masses are cleared; never, if the policy wants every query."""
+        window = self.policy.observation_window
+        self._cleared_at = -1 if window is None else min(window, self._until_round)
+
     def _evict(self, active: Tensor, limit: Tensor | None = None) -> list[Counts]:
         """Prune and compact every layer and row; the lengths before, the next positions and `active`, as read back."""
-        state = RoundState(*self.cache.scores(), self._windows, self._prompt_lengths, self._next_position, active)
+        rows = (self._prompt_lengths, self._next_position, active)
+        state = RoundState(*self.cache.scores(), self._windows, *rows, self.cache.keys)
         keep = self.policy.round(state, limit)
         if keep is not None and self.on_round:
             self._tell(state, keep)

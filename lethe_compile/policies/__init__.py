@@ -12,10 +12,23 @@ from typing import TypeVar
 from lethe_compile.config import LetheConfig
 from lethe_compile.errors import ConfigError
 from lethe_compile.policies.base import Policy, RoundState
+from lethe_compile.policies.budgeted import BudgetedPolicy, RankedPolicy
 from lethe_compile.policies.full import FullPolicy
+from lethe_compile.policies.h2o import H2OPolicy
 from lethe_compile.policies.lethe import LethePolicy
+from lethe_compile.policies.lethe_variants import BudgetsOnlyPolicy, RasrOnlyPolicy, UniformPolicy
+from lethe_compile.policies.morph import MorphPolicy
+from lethe_compile.policies.pyramid import PyramidPolicy
+from lethe_compile.policies.random import RandomPolicy
+from lethe_compile.policies.rkv import RkvPolicy
+from lethe_compile.policies.snapkv import SnapKVPolicy
+from lethe_compile.policies.streaming import StreamingPolicy
+from lethe_compile.policies.tova import TovaPolicy
 
-__all__ = ["FullPolicy", "LethePolicy", "Policy", "RoundState", "make_policy", "register"]
+__all__ = [
+    "BudgetedPolicy", "FullPolicy", "LethePolicy", "Policy", "RankedPolicy", "RoundState", "make_policy",
+    "policy_names", "register",
+]  # fmt: skip
 
 ENTRY_POINT_GROUP = "lethe_compile.policies"
 
@@ -48,11 +61,30 @@ def make_policy(config: LetheConfig) -> Policy:
     if config.policy in plugins:
         cls: type[Policy] = plugins[config.policy].load()
         return cls(config)
-    known = sorted({*_registry, *plugins})
+    known = policy_names()
     nearest = get_close_matches(config.policy, known, n=1)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
     raise ConfigError(f"policy={config.policy!r} is not allowed: must be one of {', '.join(known)}{hint}")
 
 
-register(LethePolicy)
-register(FullPolicy)
+def policy_names() -> list[str]:
+    """All names that `LetheConfig.policy` may be: built in, registered, installed."""
+    return sorted({*_registry, *(plugin.name for plugin in entry_points(group=ENTRY_POINT_GROUP))})
+
+
+for _policy in (
+    LethePolicy,
+    BudgetsOnlyPolicy,
+    RasrOnlyPolicy,
+    UniformPolicy,
+    FullPolicy,
+    StreamingPolicy,
+    H2OPolicy,
+    TovaPolicy,
+    SnapKVPolicy,
+    PyramidPolicy,
+    MorphPolicy,
+    RkvPolicy,
+    RandomPolicy,
+):
+    register(_policy)

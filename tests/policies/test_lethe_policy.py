@@ -19,7 +19,7 @@ from lethe_compile.errors import ConfigError
 from lethe_compile.kernels.select.reference import hoyer_sparsity, select
 from lethe_compile.policies import FullPolicy, LethePolicy, Policy, make_policy, register
 from lethe_compile.policies.base import NEVER, RoundState
-from lethe_compile.policies.lethe import share_budget
+from lethe_compile.policies.budgets import share_budget
 
 SMALL = LetheConfig(
     sparse_ratio=10.0, segments=4, sink_tokens=2, recent_ratio=0.25, prune_threshold=16, prune_interval=4
@@ -530,7 +530,7 @@ def test_builtin_policies_by_name() -> None:
 
 @pytest.mark.usefixtures("registry")
 def test_registered_policy() -> None:
-    with pytest.raises(ConfigError, match="policy='halving' is not allowed: must be one of full, lethe"):
+    with pytest.raises(ConfigError, match="policy='halving' is not allowed: must be one of full, h2o, lethe, lethe-budgets"):
         make_policy(LetheConfig(policy="halving"))
     assert register(Halving) is Halving and register(Halving) is Halving
     assert type(make_policy(LetheConfig(policy="halving"))) is Halving
@@ -561,5 +561,5 @@ def test_plugins_are_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(policies, "entry_points", installed)
     assert type(make_policy(LetheConfig(policy="halving"))) is Halving
-    with pytest.raises(ConfigError, match="full, halving, lethe"):
+    with pytest.raises(ConfigError, match="full, h2o, halving, lethe"):
         make_policy(LetheConfig(policy="none"))
