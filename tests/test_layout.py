@@ -24,7 +24,7 @@ TOP_LEVEL = {
 }
 GENERATED = ("build", "dist", "*.egg-info", "__pycache__")  # ignored by git, and no part of the tree
 
-# tools → lethe_compile → passes → kernels → base, which is config, errors and settings. The models stand aside: the tools
+# tools → lethe_compile → passes → kernels → base, which is config, errors, settings. Models stand aside: the tools
 # load them, and the compiler never sees them.
 MAY_IMPORT = {
     "tools": {"tools", "lethe_compile", "passes", "kernels", "models", "base"},

@@ -77,7 +77,7 @@ def keep(value: Sequence[float], row: Row, target: int, newest: int, sinks: int,
     return [slot in taken for slot in range(n)]
 
 
-def caps(name: str, layers: int, floor: int, budget: int, options: dict[str, Any]) -> list[int]:
+def caps(name: str, layers: int, floor: int, budget: float, options: dict[str, Any]) -> list[int]:
     """How layers share a budget of tokens: the floor each, and the rest by their weights."""
     weights = _weights(name, layers, options)
     return [floor + math.floor((budget - layers * floor) * (weight / sum(weights))) for weight in weights]

@@ -128,7 +128,7 @@ class Decode:
         self.active = torch.ones(len(prompts), dtype=torch.bool)
         self.positions = [[list(range(n)) for n in prompts] for _ in windows]
         self.masses = [[self.scores(n) for n in prompts] for _ in windows]
-        policy.begin(len(windows), len(prompts))
+        policy.begin(len(windows), len(prompts), [64] * len(windows))
 
     def scores(self, n: int) -> list[float]:
         return (torch.rand(n, generator=self.generator) ** self.power).tolist()  # higher power, steeper scores

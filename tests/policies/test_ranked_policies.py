@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 from typing import Any
 
@@ -135,13 +136,14 @@ def by_definition(name: str, options: dict[str, Any], config: LetheConfig, state
     return keep
 
 
-def _tokens(budget: float | str, state: RoundState, ahead: int, layers: int) -> int:
+def _tokens(budget: float | str, state: RoundState, ahead: int, layers: int) -> float:
+    """Of 64 bytes each."""
     if isinstance(budget, str):
-        return int(budget.removesuffix("B")) // 64
+        return int(budget.removesuffix("B")) / 64
     if isinstance(budget, int):
         return budget
     full = sum(ahead + 4 if window is None else min(ahead + 4, window) for window in state.windows)
-    return max(layers * FLOOR, int(full * budget))
+    return max(layers * FLOOR, math.floor(full * 64 * budget) / 64)
 
 
 # --- choices --------------------------------------------------------------------------------------
