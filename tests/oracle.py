@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,6 +34,20 @@ PRUNING = {
         sparse_ratio=1.05, decay=0.8, score="sum", prune_threshold=18, prune_interval=3, paper_literal=True, page_size=2
     ),
 }
+
+_RANKED = ("streaming", "h2o", "tova", "snapkv", "pyramid", "morph", "rkv", "random")
+POLICIES = {
+    **{
+        name: lethe.LetheConfig(
+            policy=name, sink_tokens=2, prune_interval=4, max_tokens=24, page_size=4, protect_prompt=index % 2 == 0
+        )
+        for index, name in enumerate(_RANKED)
+    },
+    "lethe-budgets": replace(PRUNING["lethe"], policy="lethe-budgets"),
+    "lethe-rasr": replace(PRUNING["capped"], policy="lethe-rasr"),
+    "lethe-uniform": replace(PRUNING["lethe"], policy="lethe-uniform", budget=0.6),
+}
+"""A config for each of the other policies."""
 
 
 class Recorder:

@@ -163,6 +163,7 @@ def test_rotary_frequencies_follow_the_whole_prompt(spy: type[Spy], kind: str, m
         num_key_value_heads=2,
         max_position_embeddings=12 if kind == "dynamic" else 48,
         rope_parameters=rope,
+        initializer_range=0.3,  # attention that depends on positions
     )
     model = LlamaForCausalLM(config).eval()
     fast = optimized(model)
