@@ -134,8 +134,8 @@ class Report(_Printable):
 
         line = (
             f"{len(self.layers)} attention layers on {self.device}, {self.dtype}, backend {self.backend}"
-            f" ({self.backend_reason}); policy"
-            f" {self.config.policy}; {self.bytes_per_token:,} KV bytes per token, pages of {self.page_size}"
+            f" ({self.backend_reason}); {_policy_words(self.config)};"
+            f" {self.bytes_per_token:,} KV bytes per token, pages of {self.page_size}"
         )
         return Group(self._pass_table(), self._layer_table(), line, *self._state_lines())
 
@@ -224,6 +224,14 @@ class CacheStats(_Printable):
         sizes = f"mean {_bytes(self.bytes_mean)}, peak {_bytes(self.bytes_peak)}"
         kept = f"; other state {_bytes(sum(self.state_bytes))}" if self.state_bytes else ""
         return Group(table, f"all sequences: {sizes}{pressed}{kept}")
+
+
+def _policy_words(config: LetheConfig) -> str:
+    """The policy, its own settings, and its caps."""
+    settings = [f"{name} {value}" for name, value in config.policy_options.items()]
+    caps = (("max_tokens", config.max_tokens), ("budget", config.budget))
+    settings += [f"{name} {value}" for name, value in caps if value is not None]
+    return f"policy {config.policy}" + (f" ({', '.join(settings)})" if settings else "")
 
 
 def _mask_words(layer: LayerReport) -> str:

@@ -42,7 +42,7 @@ class RoundState:
     key_source: Callable[[int], Tensor] | None = None  # behind `keys`
 
     def keys(self, layer: int) -> Tensor:
-        """[R, N, num_kv_heads, k_dim], the cached keys of a layer as attention sees them (rotated where the model does),
+        """[R, N, num_kv_heads, k_dim], the cached keys of a layer as attention sees them (rotated if the model does),
         0 beyond length. Gathered from their pages at each call: ask for one layer at a time, and only if needed.
         """
         if self.key_source is None:
