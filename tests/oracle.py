@@ -44,7 +44,7 @@ POLICIES = {
         for index, name in enumerate(_RANKED)
     },
     "lethe-budgets": replace(PRUNING["lethe"], policy="lethe-budgets"),
-    "lethe-rasr": replace(PRUNING["capped"], policy="lethe-rasr"),
+    "lethe-rasr": replace(PRUNING["capped"], policy="lethe-rasr", page_size=4),
     "lethe-uniform": replace(PRUNING["lethe"], policy="lethe-uniform", budget=0.6),
 }
 """A config for each of the other policies."""

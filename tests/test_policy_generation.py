@@ -55,21 +55,19 @@ def test_caps_hold_and_rows_do_as_they_do_alone(llama: Optimize, name: str) -> N
     config = POLICIES[name]
     fast = llama(config)
     ids, mask = ragged()
-    out = fast.generate(ids, attention_mask=mask, max_new_tokens=60, **GREEDY)
+    out = fast.generate(ids, attention_mask=mask, max_new_tokens=40, **GREEDY)
     stats = fast.cache_stats()
     pages = -(-24 // 4) * fast._page_bytes[0, 0]  # of a layer that holds 24 tokens
     if config.max_tokens is not None:
         assert max(map(max, stats.retained)) <= config.max_tokens
         assert max(map(max, stats.bytes_held)) <= pages
-        assert stats.bytes_peak <= 2 * pages * len(stats.retained) * len(ids), (
-            "one round's tokens beyond, while growing"
-        )
+        assert stats.bytes_peak <= 2 * pages * len(stats.retained) * len(ids), "while pages move"
     assert min(map(min, stats.rounds)) >= 2 and min(map(min, stats.bytes_freed)) > 0
     assert fast.cache.bytes_in_use == 0, "all pages came back"
-    for row in range(3):
-        alone = fast.generate(ids[row : row + 1, 14 - int(mask[row].sum()) :], max_new_tokens=60, **GREEDY)
-        assert alone[0, -60:].tolist() == out[row, -60:].tolist()
-        assert [layer[0] for layer in fast.cache_stats().retained] == [layer[row] for layer in stats.retained]
+    row = list(POLICIES).index(name) % 3
+    alone = fast.generate(ids[row : row + 1, 14 - int(mask[row].sum()) :], max_new_tokens=40, **GREEDY)
+    assert alone[0, -40:].tolist() == out[row, -40:].tolist()
+    assert [layer[0] for layer in fast.cache_stats().retained] == [layer[row] for layer in stats.retained]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,7 +76,7 @@ def test_a_limit_on_memory_prunes_harder(llama: Optimize, name: str) -> None:
     fast = llama(replace(POLICIES[name], max_tokens=400))
     ids, mask = ragged()
     fast.kv_memory = fast.cache.bytes_for(torch.full((len(fast.caches), 3), 32).numpy())
-    fast.generate(ids, attention_mask=mask, max_new_tokens=80, **GREEDY)
+    fast.generate(ids, attention_mask=mask, max_new_tokens=50, **GREEDY)
     assert fast.cache_stats().pressed > 0
     assert fast.cache.pool_bytes <= fast.kv_memory
 
@@ -100,7 +98,7 @@ def test_the_reasoner_runs_within_a_budget(solver: Optimize, name: str) -> None:
     fast = solver(lethe.LetheConfig(policy=name, **capped))
     problems = reasoner.problems(2, seed=1, family="walk", min_tokens=1000, max_tokens=1200)
     ids = torch.tensor([problems.prompt(row)[:40] for row in range(2)])
-    fast.generate(ids, max_new_tokens=200, **GREEDY)
+    fast.generate(ids, max_new_tokens=100, **GREEDY)
     stats = fast.cache_stats()
     for row, seen in enumerate(stats.seen):
         held = [layer[row] for layer in stats.retained]
@@ -149,7 +147,7 @@ def test_a_gpu_is_not_waited_for_in_a_round(name: str) -> None:
     ("name", "backend"), [*((name, "eager") for name in POLICIES), ("rkv", "auto"), ("tova", "auto")]
 )
 def test_generations_on_a_gpu_match_the_oracle(name: str, backend: str) -> None:
-    """Compiling for CUDA graphs takes long: two go that way, with windows of one query and of several, and with keys."""
+    """Compiling for CUDA graphs takes long: two go that way, with windows of one query and of more, and with keys."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
