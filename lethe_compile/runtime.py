@@ -199,7 +199,8 @@ class OptimizedModel(nn.Module):
         self._reset(prompt_lengths, new_tokens)
 
     def _begin_policy(self, rows: int) -> None:
-        self.policy.begin(len(self.caches), rows, (self._page_bytes[:, 0] // self.page_size).tolist())
+        whole = [Geometry(site.kv_heads, *site.geometry[1:]) for site in self.caches]
+        self.policy.begin(len(self.caches), rows, [one.bytes_per_token(self._dtype) for one in whole])
 
     def _bucket(self, rows: int) -> int:
         """Rows that the cache is made for: captured graphs serve a few sizes, and what is over stays empty."""
@@ -456,7 +457,7 @@ class OptimizedModel(nn.Module):
     def _evict(self, active: Tensor, limit: Tensor | None = None) -> list[Counts]:
         """Prune and compact every layer and row; the lengths before, the next positions and `active`, as read back."""
         rows = (self._prompt_lengths, self._next_position, active)
-        state = RoundState(*self.cache.scores(), self._windows, *rows, self.cache.keys)
+        state = RoundState(*self.cache.scores(), self._windows, *rows, key_source=self.cache.keys)
         keep = self.policy.round(state, limit)
         if keep is not None and self.on_round:
             self._tell(state, keep)
