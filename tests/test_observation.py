@@ -125,7 +125,7 @@ def test_keys_are_those_of_transformers(spy: type[Spy]) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 5, 13, 100])
-@pytest.mark.parametrize("name", ["gemma2", "gpt2", "granitemoehybrid"])
+@pytest.mark.parametrize("name", ["gpt2", "granitemoehybrid", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_a_prompt_in_two_parts_gives_the_same_logits(
     spy: type[Spy], window: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +146,7 @@ def test_a_prompt_in_two_parts_gives_the_same_logits(
         torch.testing.assert_close(found[window, True][row, :length], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@pytest.mark.parametrize("kind", ["dynamic", pytest.param("longrope", marks=pytest.mark.slow)])
 def test_rotary_frequencies_follow_the_whole_prompt(spy: type[Spy], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first part alone is shorter than the length at which frequencies change."""
     half = torch.linspace(1, 3, 8).tolist()

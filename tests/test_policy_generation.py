@@ -19,6 +19,7 @@ from lethe_compile.models.tiny import tiny
 from tests.oracle import POLICIES, assert_original_agrees
 from tests.policies.states import NAMES, kept, made, random_state
 
+QUICK = ("h2o", "pyramid", "rkv")
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 Optimize = Callable[[lethe.LetheConfig], Any]
 
@@ -70,7 +71,7 @@ def test_caps_hold_and_rows_do_as_they_do_alone(llama: Optimize, name: str) -> N
     assert [layer[0] for layer in fast.cache_stats().retained] == [layer[row] for layer in stats.retained]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NAMES])
 def test_a_limit_on_memory_prunes_harder(llama: Optimize, name: str) -> None:
     """Pages run out long before the cap would prune: rounds come with a limit, and the generation ends well."""
     fast = llama(replace(POLICIES[name], max_tokens=400))
@@ -91,7 +92,8 @@ def test_full_after_another_policy_is_transformers(llama: Optimize) -> None:
         assert fast.generate(ids, attention_mask=mask, max_new_tokens=30, **GREEDY).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "rkv" else pytest.mark.slow) for n in POLICIES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POLICIES)
 def test_the_reasoner_runs_within_a_budget(solver: Optimize, name: str) -> None:
     """A share of the full cache: kept to within the least that a layer holds and an interval."""
     capped = {"max_tokens": None, "budget": 0.5, "prune_interval": 16, "page_size": 8, "sink_tokens": 4}
@@ -104,6 +106,13 @@ def test_the_reasoner_runs_within_a_budget(solver: Optimize, name: str) -> None:
         held = [layer[row] for layer in stats.retained]
         assert sum(held) <= max(0.5 * seen, 28) * len(held)
         assert sum(held) >= 0.5 * (seen - 2 * 16) * len(held) - 8 or name.startswith("lethe")
+
+
+def test_the_report_names_the_policy_its_settings_and_caps(llama: Optimize) -> None:
+    config = lethe.LetheConfig(policy="rkv", policy_options={"importance": 0.2}, max_tokens=64, budget=0.25)
+    report = llama(config).report()
+    assert "policy rkv (importance 0.2, max_tokens 64, budget 0.25);" in " ".join(str(report).split())
+    assert report.to_dict()["config"]["policy_options"] == {"importance": 0.2}
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ class _Parser(Protocol):
 def add_arguments(parser: _Parser) -> None:
     """`--policy` and `--policy-option`, which `options_of` reads."""
     names = ", ".join(policy_names())
-    parser.add_argument("--policy", default=LetheConfig().policy, metavar="NAME", help=f"one of {names} (default lethe)")
+    default = LetheConfig().policy
+    parser.add_argument("--policy", default=default, metavar="NAME", help=f"one of {names} (default {default})")
     parser.add_argument(
         "--policy-option",
         action="append",

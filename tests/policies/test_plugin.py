@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-import lethe_compile as lethe
 from lethe_compile import policies
 from lethe_compile.config import LetheConfig
 from lethe_compile.errors import ConfigError
-from lethe_compile.models.tiny import tiny
 from lethe_compile.policies import make_policy, policy_names
+from tests.policies.simulated import Decode, begun
 
 CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
@@ -53,12 +51,11 @@ def test_the_worked_example_runs_as_an_installed_plugin(site: Path) -> None:
     config = LetheConfig(
         policy="every-other", policy_options={"stride": 3}, max_tokens=24, prune_interval=4, sink_tokens=2
     )
-    fast = lethe.optimize(tiny("llama"), config, verified=False)
-    ids = torch.randint(3, 97, (2, 9))
-    fast.generate(ids, max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0)
-    stats = fast.cache_stats()
-    assert max(map(max, stats.retained)) <= 24 and min(map(min, stats.rounds)) > 5
-    assert "policy every-other (stride 3, max_tokens 24)" in str(fast.report())
+    decode = Decode(begun(config, 1, 2), [5, 9], [None])
+    for lengths in decode.run(12):
+        assert (lengths <= 24).all()
+    past = [position for position in decode.positions[0][1] if 9 <= position < 40]  # neither prompt nor newest
+    assert past and all(position % 3 == 0 for position in past)
 
 
 def test_its_options_are_checked_like_those_built_in(site: Path) -> None:
