@@ -28,7 +28,11 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class RoundState:
-    """The cache at a round: L layers, R rows, N slots at least as many as the longest row's, in order of position."""
+    """The cache at a round: L layers, R rows, N slots at least as many as the longest row's, in order of position.
+
+    A row is a sequence, or, for a policy `per_head`, one KV head of it: row ``sequence * heads + head``. Layers of
+    fewer KV heads than others hold nothing in the rows that they lack.
+    """
 
     mass: Tensor  # [L, R, N] float32: RASR scores, 0 beyond length
     position: Tensor  # [L, R, N] int32, -1 beyond length
@@ -37,6 +41,7 @@ class RoundState:
     prompt_length: Tensor  # [R] int64: positions below are prompt
     next_position: Tensor  # [R] int64: position that the next token will get
     active: Tensor  # [R] bool: rows still generating
+    heads: int = 1  # rows of one sequence
 
     def visible(self) -> Tensor:
         """[L, R, N] bool: tokens that the next query or a later one can see. Rows that are done keep all their tokens.
@@ -55,6 +60,7 @@ class Policy(ABC):
     """Decides which tokens stay. Subclass, set `name`, implement `round`, and `register` the class."""
 
     name: ClassVar[str]
+    per_head: ClassVar[bool] = False  # each KV head keeps tokens of its own; holds when a model is optimized for it
 
     def __init__(self, config: LetheConfig) -> None:
         self.config = config
