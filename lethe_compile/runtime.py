@@ -56,7 +56,7 @@ class OptimizedModel(nn.Module):
         graph_module: the rewritten graph; its weights are the original model's own tensors.
         backend: how it runs, and why; see `executor.choose_backend`.
         config: the `LetheConfig` in force.
-        policy: decides at each round what stays. It can be replaced between generations by one that is `per_head` alike.
+        policy: decides at each round what stays. Between generations another may take its place, `per_head` as it is.
         cache: pages, tables and figures of the generation under way, or of the last one.
         states: what layers other than attention carry along, of the same generation.
         kv_memory: most bytes of the cache, or fraction of what is free; see `optimize`. Holds from the next generation.
@@ -239,8 +239,8 @@ class OptimizedModel(nn.Module):
         need = cache.bytes_for(least)
         if allowed is not None and need > allowed:
             raise InputError(
-                f"{len(prompt_lengths)} sequences of up to {prompts.max(initial=0)} prompt and {new_tokens} new tokens need"
-                f" {need} bytes of KV cache under policy {self.policy.name!r}, and {allowed} bytes are allowed"
+                f"{len(prompt_lengths)} sequences of up to {prompts.max(initial=0)} prompt and {new_tokens} new tokens"
+                f" need {need} bytes of KV cache under policy {self.policy.name!r}, and {allowed} bytes are allowed"
                 f" (kv_memory={self.kv_memory}): run fewer or shorter sequences at a time, raise kv_memory, or prune"
                 " with a policy that needs less"
             )

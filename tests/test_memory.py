@@ -22,7 +22,7 @@ from lethe_compile.models.tiny import tiny
 from lethe_compile.policies import Policy, make_policy
 from lethe_compile.policies.base import RoundState
 from lethe_compile.states import States
-from tests.oracle import Recorder, replay
+from tests.oracle import Evictions, replay
 
 CONFIG = lethe.LetheConfig(sparse_ratio=1e9, prune_threshold=16, prune_interval=4, page_size=4)
 FLOOR = CONFIG.cap_floor
@@ -130,8 +130,8 @@ def test_a_generation_under_pressure_ends_and_the_original_agrees() -> None:
     model = tiny("llama")
     fast = lethe.optimize(model, replace(CONFIG, protect_prompt=False), verified=False, kv_memory=1)
     fast.kv_memory = least_bytes(fast, 3, 12, 60)
-    recorder = Recorder()
-    fast.on_round.append(recorder)
+    evictions = Evictions()
+    fast.on_round.append(evictions)
     options: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     out = fast.generate(prompts(), max_new_tokens=60, eos_token_id=None, **options)
     stats = fast.cache_stats()
@@ -140,7 +140,7 @@ def test_a_generation_under_pressure_ends_and_the_original_agrees() -> None:
     assert fast.cache.stats()["pool_bytes"] <= fast.kv_memory
     logits = torch.stack(out.logits, dim=1)
     for row in range(3):
-        expected, unpruned = (one[11:-1] for one in replay(model, out.sequences[row : row + 1], recorder, row))
+        expected, unpruned = (one[11:-1] for one in replay(model, out.sequences[row : row + 1], evictions, row))
         torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
         assert (expected - unpruned).abs().max() > 1e-2
 

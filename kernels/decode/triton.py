@@ -127,7 +127,8 @@ def _attend(
         now = tl.load(positions + row * position_row)
         slope = tl.zeros([M], tl.float32)
         if SLOPES:
-            slope = tl.load(slopes + (row % SETS * KV_HEADS + head) * GROUP + m, mask=in_group, other=0.0).to(tl.float32) * LOG2E
+            slope_at = slopes + (row % SETS * KV_HEADS + head) * GROUP + m
+            slope = tl.load(slope_at, mask=in_group, other=0.0).to(tl.float32) * LOG2E
         table = page_table + row.to(tl.int64) * table_stride
         weight_at = weight + item.to(tl.int64) * capacity * GROUP
         max_at = block_max + item.to(tl.int64) * (capacity // BLOCK) * GROUP
@@ -223,7 +224,8 @@ def _attend(
                     top = higher
         if done:
             if SINKS:
-                sink = tl.load(sinks + (row % SETS * KV_HEADS + head) * GROUP + m, mask=in_group, other=0.0).to(tl.float32) * LOG2E
+                sink_at = sinks + (row % SETS * KV_HEADS + head) * GROUP + m
+                sink = tl.load(sink_at, mask=in_group, other=0.0).to(tl.float32) * LOG2E
                 higher = tl.maximum(top, sink)
                 fade = tl.exp2(top - higher)
                 mass = mass * fade + tl.exp2(sink - higher)

@@ -1,0 +1,202 @@
+"""Keep-sets per KV head: without eviction transformers' tokens, with eviction the original under a mask per head."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import lethe_compile as lethe
+from lethe_compile.models.plain_decoder import PlainDecoder, plain
+from lethe_compile.models.tiny import tiny
+from lethe_compile.past import Past
+from lethe_compile.policies import make_policy
+from lethe_compile.tools._replay import Evictions
+from lethe_compile.tools._replay import replay as replay_softmaxes
+from tests.oracle import replay as replay_attention
+from tests.per_head import CONFIG
+
+# GQA; MHA; window and softcap; sinks; ALiBi, whose slopes differ by head; KV heads that differ by layer; no transformers
+NAMES = ("llama", "gpt2", "gemma2", "gpt_oss", "bloom", "mimo_v2_flash", "plain")
+PROMPT, NEW = 23, 50
+GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def pair(request: pytest.FixtureRequest) -> tuple[Any, lethe.OptimizedModel]:
+    """A model, and what `optimize` makes of it for a policy per head."""
+    return of(request.param)
+
+
+def of(name: str, config: lethe.LetheConfig = CONFIG, backend: str = "auto") -> tuple[Any, lethe.OptimizedModel]:
+    model = plain() if name == "plain" else tiny(name)
+    return model, lethe.optimize(model, config, verified=False, backend=backend)
+
+
+def prompts() -> dict[str, Tensor]:
+    """Three of them, padded on the left."""
+    ids = torch.randint(3, 90, (3, PROMPT), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[0, :9], mask[2, :15] = 0, 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def assert_replay_agrees(model: Any, fast: lethe.OptimizedModel, new_tokens: int = NEW) -> Evictions:
+    """Generate, and compare with the original under masks that hide from each head what its KV head evicted."""
+    evictions = Evictions()
+    fast.on_round[:] = [evictions]
+    options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    out = fast.generate(**prompts(), **options, max_new_tokens=new_tokens)
+    logits, shown = torch.stack(out.logits, dim=1), 0.0
+    for row, prompt in enumerate(prompts()["attention_mask"].sum(1).tolist()):
+        ids = out.sequences[row : row + 1, PROMPT - prompt :]
+        if isinstance(model, PlainDecoder):
+            expected, full = replay_attention(model, ids, evictions, row)
+        else:
+            expected = replay_softmaxes(lambda ids: model(ids).logits, ids, evictions, row)
+            full = replay_softmaxes(lambda ids: model(ids).logits, ids, Evictions(), row)
+        torch.testing.assert_close(logits[row], expected[prompt - 1 : -1], rtol=1e-4, atol=1e-4)
+        shown = max(shown, float((full - expected).abs().max()))
+    assert shown > 1e-2, "evictions must change the logits to prove anything"
+    fast.on_round.clear()
+    return evictions
+
+
+def test_without_eviction_tokens_are_those_of_the_original(pair: tuple[Any, lethe.OptimizedModel]) -> None:
+    model, fast = pair
+    with fast.unpruned():
+        if isinstance(model, PlainDecoder):
+            ids = prompts()["input_ids"]
+            with torch.no_grad():
+                torch.testing.assert_close(fast(ids), model(ids), rtol=1e-4, atol=1e-4)
+            return
+        out = fast.generate(**prompts(), **GREEDY, max_new_tokens=NEW)
+        assert out.tolist() == model.generate(**prompts(), **GREEDY, max_new_tokens=NEW).tolist()
+    assert fast.cache.bytes_in_use == 0
+
+
+def test_pruned_logits_match_the_original_under_a_mask_per_head(pair: tuple[Any, lethe.OptimizedModel]) -> None:
+    model, fast = pair
+    evictions = assert_replay_agrees(model, fast)
+    stats = fast.cache_stats()
+    assert all(min(layer) >= 2 for layer in stats.rounds), "every layer and row must have been pruned repeatedly"
+    assert stats.heads is not None
+    for layer, site in enumerate(fast.sites):
+        assert evictions.heads[layer] == site.kv_heads
+        assert all(len(row) == site.kv_heads and len(set(row)) > 1 for row in stats.heads[layer])
+        gone = [set(evictions.first[layer, 1, head]) for head in range(site.kv_heads)]
+        assert all(one != gone[0] for one in gone[1:]), "each head must lose tokens of its own"
+    assert fast.cache.bytes_in_use == 0 and not fast.cache.pages_held().any()
+
+
+def test_lethe_itself_per_head() -> None:
+    config = replace(CONFIG, policy="lethe-per-head", sparse_ratio=1.2, segments=8, protect_prompt=False)
+    model, fast = of("llama", config)
+    evictions = assert_replay_agrees(model, fast)
+    assert any(evictions.first[0, 0, 0] != evictions.first[0, 0, head] for head in range(1, 2))
+    assert fast.policy.thresholds.shape == (3, 3 * 2)
+
+
+def test_figures_are_means_over_heads_and_say_so() -> None:
+    _, fast = of("mimo_v2_flash")
+    ids = prompts()
+    fast.begin(3, ids["attention_mask"].sum(1), 40)
+    lengths = ids["attention_mask"].sum(1)
+    fast.prefill(torch.randint(3, 90, (3, int(lengths.max()))), lengths)
+    for _ in range(9):
+        fast.decode(torch.full((3,), 7), torch.tensor([True, True, True]))
+    stats, held = fast.cache_stats(), fast.cache.pages_held()
+    assert stats.seen == (lengths + 9).tolist()
+    kv_heads = [site.kv_heads for site in fast.caches]
+    assert fast.cache.rows == 3 * 4 and sorted(set(kv_heads)) == [2, 4]
+    for layer, heads in enumerate(kv_heads):
+        for row in range(3):
+            rows = slice(row * 4, row * 4 + heads)
+            lengths_of_heads = fast.cache.lengths[layer, rows].tolist()
+            assert stats.heads is not None and stats.heads[layer][row] == lengths_of_heads
+            assert stats.retained[layer][row] == pytest.approx(np.mean(lengths_of_heads))
+            page = fast.page_size * (fast.caches[layer].k_dim + fast.caches[layer].v_dim) * 4
+            assert stats.bytes_held[layer][row] == int(held[layer, rows].sum()) * page
+            assert not fast.cache.lengths[layer, row * 4 + heads : row * 4 + 4].any()
+    assert not held[0, 2:4].any() or kv_heads[0] == 4, "rows that a layer lacks hold nothing"
+    fast.end()
+    assert "per head" in str(fast.report()) and "per head" in str(stats)
+    assert [layer.keep_sets for layer in fast.report().layers] == kv_heads
+    site = fast.sites[0]
+    size = site.kv_heads * (site.k_dim + site.v_dim) * 4
+    assert fast.report().layers[0].bytes_per_token == size
+    assert stats.to_dict()["heads"] == stats.heads
+
+
+def test_emptied_pages_of_one_head_serve_others_under_pressure() -> None:
+    """Pages for a third of the tokens: rounds prune harder, and evict what they say they evict."""
+    model, fast = of("llama", replace(CONFIG, protect_prompt=False))
+    lengths = prompts()["attention_mask"].sum(1).numpy()
+    least = fast.policy.least_tokens(np.repeat(lengths, 2), NEW, fast._windows)
+    assert least.shape == (3, 6)
+    fast.kv_memory = need = fast.cache.bytes_for(least)
+    assert_replay_agrees(model, fast)
+    stats = fast.cache_stats()
+    assert stats.pressed > 0 and fast.cache.pool_bytes <= need and fast.cache.bytes_in_use == 0
+    fast.kv_memory = need - 1
+    with pytest.raises(lethe.InputError, match=f"3 sequences of .* need {need} bytes"):
+        fast.generate(**prompts(), **GREEDY, max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize("name", ["llama", "mimo_v2_flash"])
+@torch.no_grad()
+def test_every_head_gets_what_another_cache_holds(name: str) -> None:
+    from transformers import DynamicCache
+
+    model, fast = of(name)
+    ids, cache = torch.randint(3, 90, (2, 19)), DynamicCache()
+    model(ids[:, :12], past_key_values=cache)
+    lengths = torch.full((2,), 12)
+    positions = torch.arange(12).repeat(2, 1)
+    past = Past(
+        [layer.keys for layer in cache.layers],
+        [layer.values for layer in cache.layers],
+        [positions] * len(cache.layers),
+        lengths,
+    )
+    expected = model(ids).logits[:, 12:]
+    torch.testing.assert_close(fast.forward_after(past, ids[:, 12:]), expected, rtol=1e-4, atol=1e-4)
+    fast.adopt(past)
+    for column in range(12, 19):
+        logits = fast.decode(ids[:, column], torch.ones(2, dtype=torch.bool))
+        if column < 16:  # before the first round
+            torch.testing.assert_close(logits, expected[:, column - 12], rtol=1e-4, atol=1e-4)
+    fast.end()
+    assert fast.cache.bytes_in_use == 0
+
+
+def test_a_policy_of_the_other_kind_is_refused() -> None:
+    _, heads = of("llama")
+    with pytest.raises(lethe.ConfigError, match="'lethe' keeps the same tokens .* compiled for one that keeps other"):
+        heads.policy = make_policy(lethe.LetheConfig())
+    heads.policy = make_policy(replace(CONFIG, policy="lethe-per-head"))
+    whole = lethe.optimize(tiny("llama"), verified=False)
+    with pytest.raises(lethe.ConfigError, match="'picky-per-head' keeps other tokens .* optimize the model again"):
+        whole.policy = make_policy(CONFIG)
+    assert whole.policy.name == "lethe"
+    only = lethe.optimize(tiny("falcon"), verified=False)  # one KV head: the two are the same
+    only.policy = make_policy(CONFIG)
+
+
+def test_the_result_is_verified_as_any() -> None:
+    fast = lethe.optimize(tiny("bloom"), CONFIG)
+    assert fast.policy.per_head
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mimo_v2_flash"])
+def test_inductor_compiles_what_lies_between(name: str) -> None:
+    model, fast = of(name, backend="inductor")
+    with fast.unpruned():
+        out = fast.generate(**prompts(), **GREEDY, max_new_tokens=20)
+    assert out.tolist() == model.generate(**prompts(), **GREEDY, max_new_tokens=20).tolist()
+    assert_replay_agrees(model, fast)
