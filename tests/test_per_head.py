@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import lethe_compile as lethe
-from lethe_compile.models.plain_decoder import PlainDecoder, plain
+from lethe_compile.models.plain_decoder import PlainConfig, PlainDecoder, plain
 from lethe_compile.models.tiny import tiny
 from lethe_compile.past import Past
 from lethe_compile.policies import make_policy
@@ -20,8 +21,9 @@ from lethe_compile.tools._replay import replay as replay_softmaxes
 from tests.oracle import replay as replay_attention
 from tests.per_head import CONFIG
 
-# GQA; MHA; window and softcap; sinks; ALiBi, whose slopes differ by head; KV heads that differ by layer; no transformers
-NAMES = ("llama", "gpt2", "gemma2", "gpt_oss", "bloom", "mimo_v2_flash", "plain")
+# GQA; MHA; window and softcap; ALiBi, whose slopes differ by head; sinks, and KV heads that differ by layer; no
+# transformers; sinks again
+NAMES = ("llama", "gpt2", "gemma2", "bloom", "mimo_v2_flash", "plain", pytest.param("gpt_oss", marks=pytest.mark.slow))
 PROMPT, NEW = 23, 50
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -32,9 +34,10 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, lethe.OptimizedModel]:
     return of(request.param)
 
 
-def of(name: str, config: lethe.LetheConfig = CONFIG, backend: str = "auto") -> tuple[Any, lethe.OptimizedModel]:
+@cache
+def of(name: str, policy: str = CONFIG.policy, backend: str = "auto") -> tuple[Any, lethe.OptimizedModel]:
     model = plain() if name == "plain" else tiny(name)
-    return model, lethe.optimize(model, config, verified=False, backend=backend)
+    return model, lethe.optimize(model, CONFIG, policy=policy, verified=name == "gpt2", backend=backend)
 
 
 def prompts() -> dict[str, Tensor]:
@@ -87,18 +90,22 @@ def test_pruned_logits_match_the_original_under_a_mask_per_head(pair: tuple[Any,
     assert stats.heads is not None
     for layer, site in enumerate(fast.sites):
         assert evictions.heads[layer] == site.kv_heads
-        assert all(len(row) == site.kv_heads and len(set(row)) > 1 for row in stats.heads[layer])
-        gone = [set(evictions.first[layer, 1, head]) for head in range(site.kv_heads)]
-        assert all(one != gone[0] for one in gone[1:]), "each head must lose tokens of its own"
+        assert all(len(row) == site.kv_heads for row in stats.heads[layer])
+        if site.mask is not None and site.mask.window is None:  # what a window hides, every head loses in the end
+            gone = [set(evictions.first[layer, 1, head]) for head in range(site.kv_heads)]
+            assert all(one != gone[0] for one in gone[1:]), "each head must lose tokens of its own"
+    assert any(len(set(row)) > 1 for layer in stats.heads for row in layer), "heads keep different numbers, too"
     assert fast.cache.bytes_in_use == 0 and not fast.cache.pages_held().any()
 
 
 def test_lethe_itself_per_head() -> None:
-    config = replace(CONFIG, policy="lethe-per-head", sparse_ratio=1.2, segments=8, protect_prompt=False)
-    model, fast = of("llama", config)
+    model, fast = of("plain")
+    before = fast.policy
+    fast.policy = make_policy(replace(CONFIG, policy="lethe-per-head", sparse_ratio=1.2, segments=8))
     evictions = assert_replay_agrees(model, fast)
-    assert any(evictions.first[0, 0, 0] != evictions.first[0, 0, head] for head in range(1, 2))
+    assert evictions.first[0, 1, 0] != evictions.first[0, 1, 1]
     assert fast.policy.thresholds.shape == (3, 3 * 2)
+    fast.policy = before
 
 
 def test_figures_are_means_over_heads_and_say_so() -> None:
@@ -134,7 +141,7 @@ def test_figures_are_means_over_heads_and_say_so() -> None:
 
 def test_emptied_pages_of_one_head_serve_others_under_pressure() -> None:
     """Pages for a third of the tokens: rounds prune harder, and evict what they say they evict."""
-    model, fast = of("llama", replace(CONFIG, protect_prompt=False))
+    model, fast = of("llama")
     lengths = prompts()["attention_mask"].sum(1).numpy()
     least = fast.policy.least_tokens(np.repeat(lengths, 2), NEW, fast._windows)
     assert least.shape == (3, 6)
@@ -145,6 +152,7 @@ def test_emptied_pages_of_one_head_serve_others_under_pressure() -> None:
     fast.kv_memory = need - 1
     with pytest.raises(lethe.InputError, match=f"3 sequences of .* need {need} bytes"):
         fast.generate(**prompts(), **GREEDY, max_new_tokens=NEW)
+    fast.kv_memory = None
 
 
 @pytest.mark.parametrize("name", ["llama", "mimo_v2_flash"])
@@ -153,14 +161,14 @@ def test_every_head_gets_what_another_cache_holds(name: str) -> None:
     from transformers import DynamicCache
 
     model, fast = of(name)
-    ids, cache = torch.randint(3, 90, (2, 19)), DynamicCache()
-    model(ids[:, :12], past_key_values=cache)
+    ids, theirs = torch.randint(3, 90, (2, 19)), DynamicCache()
+    model(ids[:, :12], past_key_values=theirs)
     lengths = torch.full((2,), 12)
     positions = torch.arange(12).repeat(2, 1)
     past = Past(
-        [layer.keys for layer in cache.layers],
-        [layer.values for layer in cache.layers],
-        [positions] * len(cache.layers),
+        [layer.keys for layer in theirs.layers],
+        [layer.values for layer in theirs.layers],
+        [positions] * len(theirs.layers),
         lengths,
     )
     expected = model(ids).logits[:, 12:]
@@ -175,21 +183,23 @@ def test_every_head_gets_what_another_cache_holds(name: str) -> None:
 
 
 def test_a_policy_of_the_other_kind_is_refused() -> None:
-    _, heads = of("llama")
-    with pytest.raises(lethe.ConfigError, match="'lethe' keeps the same tokens .* compiled for one that keeps other"):
+    _, heads = of("plain")
+    before = heads.policy
+    with pytest.raises(lethe.ConfigError, match=r"'lethe' keeps the same tokens .* compiled for one that keeps other"):
         heads.policy = make_policy(lethe.LetheConfig())
-    heads.policy = make_policy(replace(CONFIG, policy="lethe-per-head"))
-    whole = lethe.optimize(tiny("llama"), verified=False)
-    with pytest.raises(lethe.ConfigError, match="'picky-per-head' keeps other tokens .* optimize the model again"):
+    assert heads.policy is before
+    whole = lethe.optimize(plain(), verified=False)
+    with pytest.raises(lethe.ConfigError, match=r"'picky-per-head' keeps other tokens .* optimize the model again"):
         whole.policy = make_policy(CONFIG)
     assert whole.policy.name == "lethe"
-    only = lethe.optimize(tiny("falcon"), verified=False)  # one KV head: the two are the same
+
+
+def test_of_one_kv_head_both_kinds_are_the_same() -> None:
+    torch.manual_seed(0)
+    only = lethe.optimize(PlainDecoder(PlainConfig(kv_heads=1)).eval(), verified=False)
     only.policy = make_policy(CONFIG)
-
-
-def test_the_result_is_verified_as_any() -> None:
-    fast = lethe.optimize(tiny("bloom"), CONFIG)
-    assert fast.policy.per_head
+    assert only.generate(prompts()["input_ids"], **GREEDY, max_new_tokens=NEW).shape == (3, PROMPT + NEW)
+    assert min(map(min, only.cache_stats().rounds)) >= 1
 
 
 @pytest.mark.slow
