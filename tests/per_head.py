@@ -1,18 +1,25 @@
-"""Policies for tests that keep other tokens for each KV head."""
+"""Policies for tests that keep other tokens for each KV head, and the eviction oracle for them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import lethe_compile as lethe
+from lethe_compile.models.plain_decoder import PlainDecoder
 from lethe_compile.policies import FullPolicy, LethePolicy, Policy, RoundState, register
 from lethe_compile.policies.base import Counts
+from lethe_compile.tools._replay import Evictions
+from lethe_compile.tools._replay import replay as replay_softmaxes
+from tests.oracle import replay as replay_attention
 
 CONFIG = lethe.LetheConfig(policy="picky-per-head", decay=0.9, prune_threshold=16, prune_interval=4, page_size=4)
+PROMPT = 23
+GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
 @register
@@ -58,3 +65,35 @@ class FullHeads(FullPolicy):
 
     name = "full-per-head"
     per_head = True
+
+
+def prompts() -> dict[str, Tensor]:
+    """Three of them, padded on the left."""
+    ids = torch.randint(3, 90, (3, PROMPT), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[0, :9], mask[2, :15] = 0, 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def assert_replay_agrees(
+    model: Any, fast: lethe.OptimizedModel, *, new_tokens: int = 50, tolerance: float = 1e-4
+) -> Evictions:
+    """Generate, and compare with the original under masks that hide from each head what its KV head evicted."""
+    evictions = Evictions()
+    fast.on_round[:] = [evictions]
+    options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    given = {name: value.to(fast.device) for name, value in prompts().items()}
+    out = fast.generate(**given, **options, max_new_tokens=new_tokens)
+    logits, shown = torch.stack(out.logits, dim=1), 0.0
+    for row, prompt in enumerate(prompts()["attention_mask"].sum(1).tolist()):
+        ids = out.sequences[row : row + 1, PROMPT - prompt :]
+        if isinstance(model, PlainDecoder):
+            expected, full = replay_attention(model, ids, evictions, row)
+        else:
+            expected = replay_softmaxes(lambda ids: model(ids).logits, ids, evictions, row)
+            full = replay_softmaxes(lambda ids: model(ids).logits, ids, Evictions(), row)
+        torch.testing.assert_close(logits[row], expected[prompt - 1 : -1], rtol=tolerance, atol=tolerance)
+        shown = max(shown, float((full - expected).abs().max()))
+    assert shown > 1e-2, "evictions must change the logits to prove anything"
+    fast.on_round.clear()
+    return evictions

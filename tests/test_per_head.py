@@ -9,23 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import lethe_compile as lethe
 from lethe_compile.models.plain_decoder import PlainConfig, PlainDecoder, plain
 from lethe_compile.models.tiny import tiny
 from lethe_compile.past import Past
 from lethe_compile.policies import make_policy
-from lethe_compile.tools._replay import Evictions
-from lethe_compile.tools._replay import replay as replay_softmaxes
-from tests.oracle import replay as replay_attention
-from tests.per_head import CONFIG
+from tests.per_head import CONFIG, GREEDY, PROMPT, assert_replay_agrees, prompts
 
 # GQA; MHA; window and softcap; ALiBi, whose slopes differ by head; sinks, and KV heads that differ by layer; no
 # transformers; sinks again
 NAMES = ("llama", "gpt2", "gemma2", "bloom", "mimo_v2_flash", "plain", pytest.param("gpt_oss", marks=pytest.mark.slow))
-PROMPT, NEW = 23, 50
-GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+NEW = 50
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -38,35 +33,6 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, lethe.OptimizedModel]:
 def of(name: str, policy: str = CONFIG.policy, backend: str = "auto") -> tuple[Any, lethe.OptimizedModel]:
     model = plain() if name == "plain" else tiny(name)
     return model, lethe.optimize(model, CONFIG, policy=policy, verified=name == "gpt2", backend=backend)
-
-
-def prompts() -> dict[str, Tensor]:
-    """Three of them, padded on the left."""
-    ids = torch.randint(3, 90, (3, PROMPT), generator=torch.Generator().manual_seed(3))
-    mask = torch.ones_like(ids)
-    mask[0, :9], mask[2, :15] = 0, 0
-    return {"input_ids": ids * mask, "attention_mask": mask}
-
-
-def assert_replay_agrees(model: Any, fast: lethe.OptimizedModel, new_tokens: int = NEW) -> Evictions:
-    """Generate, and compare with the original under masks that hide from each head what its KV head evicted."""
-    evictions = Evictions()
-    fast.on_round[:] = [evictions]
-    options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
-    out = fast.generate(**prompts(), **options, max_new_tokens=new_tokens)
-    logits, shown = torch.stack(out.logits, dim=1), 0.0
-    for row, prompt in enumerate(prompts()["attention_mask"].sum(1).tolist()):
-        ids = out.sequences[row : row + 1, PROMPT - prompt :]
-        if isinstance(model, PlainDecoder):
-            expected, full = replay_attention(model, ids, evictions, row)
-        else:
-            expected = replay_softmaxes(lambda ids: model(ids).logits, ids, evictions, row)
-            full = replay_softmaxes(lambda ids: model(ids).logits, ids, Evictions(), row)
-        torch.testing.assert_close(logits[row], expected[prompt - 1 : -1], rtol=1e-4, atol=1e-4)
-        shown = max(shown, float((full - expected).abs().max()))
-    assert shown > 1e-2, "evictions must change the logits to prove anything"
-    fast.on_round.clear()
-    return evictions
 
 
 def test_without_eviction_tokens_are_those_of_the_original(pair: tuple[Any, lethe.OptimizedModel]) -> None:
