@@ -455,22 +455,23 @@ class OptimizedModel(nn.Module):
 
     def _evict(self, active: Tensor, limit: Tensor | None = None) -> list[Counts]:
         """Prune and compact every layer and row; the lengths before, the next positions and `active`, as read back."""
-        rows = (self._keep_sets.spread(each) for each in (self._prompt_lengths, self._next_position, active))
-        state = RoundState(*self.cache.scores(), self._windows, *rows, self._keep_sets.heads)
+        sets = self._keep_sets
+        prompts, following, on_now = map(sets.spread, (self._prompt_lengths, self._next_position, active))
+        state = RoundState(*self.cache.scores(), self._windows, prompts, following, on_now, sets.heads)
         keep = self.policy.round(state, limit)
         if keep is not None and self.on_round:
             self._tell(state, keep)
         before, seen, on = self.cache.compact(keep, self._next_position, active)
         after = self.cache.lengths
         self._ledger.evicted(before - after, self.cache.pages_for(before) - self.cache.pages_for(after))
-        return [before, self._keep_sets.repeat(seen), self._keep_sets.repeat(on)]
+        return [before, sets.repeat(seen), sets.repeat(on)]
 
     def _tell(self, state: RoundState, keep: Tensor) -> None:
         lost = (keep.sum(2) < state.length).any(1).tolist()
         for site in [site for site in self.sites if lost[site.cache]]:
-            of_layer = (state.position[site.cache], keep[site.cache], state.next_position.clone())
-            rows = (self._keep_sets.own(each, site.cache) for each in of_layer)
-            event = Round(site.layer, *rows, heads=site.keep_sets)
+            shown = (state.position[site.cache], keep[site.cache], state.next_position.clone())
+            position, kept, following = (self._keep_sets.own(each, site.cache) for each in shown)
+            event = Round(site.layer, position, kept, following, site.keep_sets)
             for callback in self.on_round:
                 callback(event)
 
@@ -514,8 +515,13 @@ class OptimizedModel(nn.Module):
         return [Geometry(*site.geometry) for site in self.caches]
 
     def _new_cache(self) -> KVCache:
-        options = {"page_size": self.page_size, "dtype": self._dtype, "device": self._device}
-        return KVCache(self._geometries(), **options, keep_sets=self._keep_sets)
+        return KVCache(
+            self._geometries(),
+            page_size=self.page_size,
+            dtype=self._dtype,
+            device=self._device,
+            keep_sets=self._keep_sets,
+        )
 
     # --------------------------------------------------------------------------------------------------------- reports
 

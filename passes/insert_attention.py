@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
@@ -81,16 +81,16 @@ class InsertAttention:
         state = _add_inputs(program, max(site.keep_sets for site in sites))
         columns = _columns(program, state)
         heads = HeadRows(program, state["positions"], state["new_lengths"]) if self.per_head else None
-        sites = []
+        inserted = []
         for site in program.sites:
             node = _insert(program, site, state, columns.get(site.layer, []), (self.decay, self.peak), heads)
-            sites.append(replace(site, node=node))
+            inserted.append(replace(site, node=node))
             owner = f", the cache of layer {program.caches[site.cache].layer}" if site.shares else ""
             notes.append(Note(node.name, f"cached in pool {site.cache_group}{owner}", site.layer))
         remove_dead(program.graph)
         _refuse_token_matrices(program)
         program.module.recompile()
-        return PassResult(replace(program, sites=tuple(sites)), tuple(notes))
+        return PassResult(replace(program, sites=tuple(inserted)), tuple(notes))
 
 
 def _split(program: Program, sites: Sequence[Site]) -> list[Site]:
@@ -218,8 +218,8 @@ def _insert(
     heads: HeadRows | None,
 ) -> fx.Node:
     """The cached op in the site's place, over KV heads as rows where `heads` are given."""
-    _, _, value, _, sinks, bias, *_ = site.node.args
-    assert site.mask is not None
+    value, sinks, bias = (cast("fx.Node | None", site.node.args[place]) for place in (2, 4, 5))
+    assert site.mask is not None and value is not None
     mask, slopes = site.mask, _slopes(program, site)
     pool = [state[f"{name}_{site.cache_group}"] for name in ("k_pages", "v_pages", "slot_position", "slot_mass")]
     positions, new_lengths = state["positions"], state["new_lengths"]
