@@ -60,7 +60,7 @@ def replay(run: Callable[[Tensor], Tensor], ids: Tensor, evictions: Evictions, r
         padded = torch.nn.functional.pad(hidden, (0, scores.shape[-1] - tokens))
         if len(padded) > 1:
             padded = padded.view(scores.shape)
-        return scores.masked_fill(padded, float("-inf"))
+        return scores.masked_fill(padded.to(scores.device), float("-inf"))
 
     with AttentionHook(tokens, hide):
         return run(ids)[0]
