@@ -73,7 +73,7 @@ def optimize(
     captured = capture(model, example_inputs)
     device = captured.program.device
     own_cache = captured.program.step is not None
-    passes = pipeline(rule.decay, rule.peak, fuse=device.type == "cuda", own_cache=own_cache)
+    passes = pipeline(rule.decay, rule.peak, per_head=rule.per_head, fuse=device.type == "cuda", own_cache=own_cache)
     with causality_told(captured.original, device):
         result = run_pipeline(captured.program, passes)
     stateful, content = bool(result.program.stateful), result.program.content

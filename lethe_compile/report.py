@@ -64,6 +64,7 @@ class LayerReport:
     content: bool  # the mask also depends on the content of the sequence
     pool: int
     cache_of: int  # the layer whose cache it attends to: itself, or an earlier one
+    keep_sets: int  # sets of retained tokens of one sequence: 1, or one for each KV head
     bytes_per_token: int
 
 
@@ -132,9 +133,10 @@ class Report(_Printable):
     def __rich__(self) -> RenderableType:
         from rich.console import Group
 
+        kept = ", per head" if any(layer.keep_sets > 1 for layer in self.layers) else ""
         line = (
             f"{len(self.layers)} attention layers on {self.device}, {self.dtype}, backend {self.backend}"
-            f" ({self.backend_reason}); {_policy_words(self.config)};"
+            f" ({self.backend_reason}); {_policy_words(self.config)}{kept};"
             f" {self.bytes_per_token:,} KV bytes per token, pages of {self.page_size}"
         )
         return Group(self._pass_table(), self._layer_table(), line, *self._state_lines())
@@ -178,13 +180,16 @@ class CacheStats(_Printable):
 
     Bytes are of the pages that hold keys and values; `bytes_freed` counts pages that rounds emptied, by layer and row.
     `sparsity` is Hoyer's measure of the scores when a round last looked, NaN where none has.
+
+    Where KV heads keep tokens of their own, figures are means over the heads of a layer, bytes their sums, and `heads`
+    are the tokens that each retained, ``[layers][rows][heads]``; else it is None.
     """
 
     seen: list[int]
-    retained: list[list[int]]
+    retained: list[list[float]]
     retained_mean: list[list[float]]
-    rounds: list[list[int]]
-    threshold: list[list[int]]
+    rounds: list[list[float]]
+    threshold: list[list[float]]
     sparsity: list[list[float]]
     bytes_held: list[list[int]]
     bytes_freed: list[list[int]]
@@ -193,6 +198,7 @@ class CacheStats(_Printable):
     bytes_mean: float
     pressed: int = 0  # rounds that pruned harder for lack of pages
     state_bytes: list[int] = field(default_factory=list)  # [stateful modules]: of all rows, beside the pages
+    heads: list[list[list[int]]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; a threshold that is never reached and a sparsity never measured are null."""
@@ -205,7 +211,8 @@ class CacheStats(_Printable):
         from rich.console import Group
 
         columns = ("layer", "retained", "of", "rounds", "threshold", "sparsity", "held", "freed")
-        table = _table("cache, mean over sequences", *columns)
+        over = "sequences" if self.heads is None else "sequences and their KV heads, per head; bytes of all heads"
+        table = _table(f"cache, mean over {over}", *columns)
         seen = _mean(self.seen)
         for layer, retained in enumerate(self.retained):
             known = [s for s in self.sparsity[layer] if not isnan(s)]
@@ -243,7 +250,7 @@ def _mask_words(layer: LayerReport) -> str:
 
 def _layer(site: Site, cache_of: int, dtype: torch.dtype) -> LayerReport:
     assert site.mask is not None, "a site is only inserted once its mask is proved"
-    size = 0 if site.shares else Geometry(*site.geometry).bytes_per_token(dtype)
+    size = 0 if site.shares else site.keep_sets * Geometry(*site.geometry).bytes_per_token(dtype)
     return LayerReport(
         layer=site.layer,
         name=site.name,
@@ -260,6 +267,7 @@ def _layer(site: Site, cache_of: int, dtype: torch.dtype) -> LayerReport:
         content=site.content,
         pool=site.cache_group,
         cache_of=cache_of,
+        keep_sets=site.keep_sets,
         bytes_per_token=size,
     )
 

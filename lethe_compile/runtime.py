@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from lethe_compile import generation
 from lethe_compile.cache import Geometry, KVCache
 from lethe_compile.config import LetheConfig
-from lethe_compile.errors import InputError, OutOfPagesError
+from lethe_compile.errors import ConfigError, InputError, OutOfPagesError
 from lethe_compile.executor import DecodeGraph, Executor
+from lethe_compile.keep_sets import KeepSets
 from lethe_compile.ledger import Counts, Ledger
 from lethe_compile.memory import allowance, available_bytes
 from lethe_compile.observation import fill_observed
@@ -23,7 +24,7 @@ from lethe_compile.passes.base import PassRecord
 from lethe_compile.passes.program import Program
 from lethe_compile.past import Past
 from lethe_compile.policies import make_policy
-from lethe_compile.policies.base import RoundState
+from lethe_compile.policies.base import NEVER, Policy, RoundState
 from lethe_compile.policies.full import FullPolicy
 from lethe_compile.prompt import check_ids
 from lethe_compile.report import CacheStats, Report
@@ -45,6 +46,7 @@ class Round:
     position: Tensor  # [rows, N] int32 stored positions before the round, -1 beyond a row's length
     keep: Tensor  # [rows, N] bool: what stays
     next_position: Tensor  # [rows] int64: the first position whose query sees the result
+    heads: int = 1  # rows of one sequence: its KV heads, where each keeps tokens of its own, else 1
 
 
 class OptimizedModel(nn.Module):
@@ -55,7 +57,7 @@ class OptimizedModel(nn.Module):
         graph_module: the rewritten graph; its weights are the original model's own tensors.
         backend: how it runs, and why; see `executor.choose_backend`.
         config: the `LetheConfig` in force.
-        policy: decides at each round what stays.
+        policy: decides at each round what stays. Between generations another may take its place, `per_head` as it is.
         cache: pages, tables and figures of the generation under way, or of the last one.
         states: what layers other than attention carry along, of the same generation.
         kv_memory: most bytes of the cache, or fraction of what is free; see `optimize`. Holds from the next generation.
@@ -89,7 +91,9 @@ class OptimizedModel(nn.Module):
         self.stateful, self._content = program.stateful, program.content
         self.stateful_modules = nn.ModuleList(call.module for call in program.stateful)
         config = replace(config, prune_interval=config.interval_on(self._device.type))
-        self.config, self.policy = config, make_policy(config)
+        self.config = config
+        self._keep_sets = KeepSets([site.keep_sets for site in program.caches])
+        self.policy = make_policy(config)
         self.vocab_size, self.max_positions = vocab_size, max_positions
         self.generation_config, self.hf_config = generation_config, hf_config
         self.kv_memory: int | float | None = None
@@ -111,6 +115,21 @@ class OptimizedModel(nn.Module):
         """Where inputs must be; the graph was captured there and stays there."""
         return self._device
 
+    @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        several = [site.layer for site in self.caches if site.kv_heads > 1]
+        if several and policy.per_head != (self._keep_sets.heads > 1):
+            kinds = ["keeps the same tokens for all KV heads of a layer", "keeps other tokens for each KV head"]
+            raise ConfigError(
+                f"policy {policy.name!r} {kinds[policy.per_head]}, and this model was compiled for one that"
+                f" {kinds[not policy.per_head]} (layers {several} have several): optimize the model again with it"
+            )
+        self._policy = policy
+
     # ------------------------------------------------------------------------------------------------- whole sequences
 
     @torch.no_grad()
@@ -131,8 +150,8 @@ class OptimizedModel(nn.Module):
         if position_ids is not None:
             positions = position_ids.expand_as(ids).gather(1, order)
         cache, states = self._new_cache(), States(self.stateful, self._device)
-        cache.begin(len(ids))
-        cache.reserve_rows(lengths.tolist())
+        cache.begin(len(ids) * self._keep_sets.heads)
+        cache.reserve_rows(self._host(lengths))
         states.begin(len(ids))
         furthest = ids.shape[1] if position_ids is None else self._checked(positions, lengths)
         logits = self._run(cache, states, ids, positions, lengths, furthest)
@@ -187,15 +206,16 @@ class OptimizedModel(nn.Module):
         self._rows = rows
         hint = self._admit(prompt_lengths, new_tokens)
         prompt_lengths = _padded(prompt_lengths, self._bucket(rows))
+        cache_rows = len(prompt_lengths) * self._keep_sets.heads
         if not isinstance(hint, int):  # rows that fill the bucket hold nothing
-            hint = np.pad(hint, ((0, 0), (0, len(prompt_lengths) - rows)))
+            hint = np.pad(hint, ((0, 0), (0, cache_rows - hint.shape[1])))
         try:
-            self.cache.begin(len(prompt_lengths), hint)
+            self.cache.begin(cache_rows, hint)
         except OutOfPagesError as error:
             raise InputError(f"{rows} sequences do not fit: {error}") from error
         self.states.begin(len(prompt_lengths))
         self._generating = True
-        self._begin_policy(len(prompt_lengths))
+        self._begin_policy(cache_rows)
         self._reset(prompt_lengths, new_tokens)
 
     def _begin_policy(self, rows: int) -> None:
@@ -203,7 +223,7 @@ class OptimizedModel(nn.Module):
         self.policy.begin(len(self.caches), rows, [one.bytes_per_token(self._dtype) for one in whole])
 
     def _bucket(self, rows: int) -> int:
-        """Rows that the cache is made for: captured graphs serve a few sizes, and what is over stays empty."""
+        """Sequences that the cache is made for: captured graphs serve a few sizes, and what is over stays empty."""
         if self.backend[0] != "cudagraphs":
             return rows
         return next(size for size in (*_BUCKETS, -(-rows // _BUCKETS[-1]) * _BUCKETS[-1]) if size >= rows)
@@ -216,7 +236,7 @@ class OptimizedModel(nn.Module):
         self._allowed_by = self.kv_memory
         if new_tokens is None:
             return 0
-        prompts = prompt_lengths.cpu().numpy().astype(np.int64)
+        prompts = self._host(prompt_lengths)
         least = self.policy.least_tokens(prompts, new_tokens, self._windows)
         allowed = cache.max_bytes
         if allowed is None and self.device.type == "cuda":
@@ -224,8 +244,8 @@ class OptimizedModel(nn.Module):
         need = cache.bytes_for(least)
         if allowed is not None and need > allowed:
             raise InputError(
-                f"{len(prompts)} sequences of up to {prompts.max(initial=0)} prompt and {new_tokens} new tokens need"
-                f" {need} bytes of KV cache under policy {self.policy.name!r}, and {allowed} bytes are allowed"
+                f"{len(prompt_lengths)} sequences of up to {prompts.max(initial=0)} prompt and {new_tokens} new tokens"
+                f" need {need} bytes of KV cache under policy {self.policy.name!r}, and {allowed} bytes are allowed"
                 f" (kv_memory={self.kv_memory}): run fewer or shorter sequences at a time, raise kv_memory, or prune"
                 " with a policy that needs less"
             )
@@ -245,8 +265,9 @@ class OptimizedModel(nn.Module):
         else:
             self._next_position = torch.zeros_like(self._prompt_lengths)
         self._new_tokens = new_tokens
-        self._live = np.zeros(len(prompt_lengths), np.int64)  # 1 for a row that may take part in the next steps
-        self._ledger = Ledger(len(self.caches), len(prompt_lengths))
+        cache_rows = rows * self._keep_sets.heads
+        self._live = np.zeros(cache_rows, np.int64)  # 1 for a row that may take part in the next steps
+        self._ledger = Ledger(len(self.caches), cache_rows)
         self._text: Text | None = None
         self._until_round = self._furthest = 0
         self._cleared_at = -1  # steps before a round at which masses are cleared
@@ -257,8 +278,8 @@ class OptimizedModel(nn.Module):
 
         With `whole`, logits ``[rows, T, vocab_size]`` of all tokens.
         """
-        padded = _padded(lengths, self.cache.rows)
-        prompts = padded.cpu().numpy().astype(np.int64)
+        padded = _padded(lengths, self._sequences)
+        prompts = self._host(padded)
         logits = self._fill(input_ids, lengths, prompts, whole)
         self._next_position.copy_(padded)
         self._ledger.prefill(prompts, self.cache.pages_held())
@@ -298,8 +319,8 @@ class OptimizedModel(nn.Module):
         """
         self._check_past()
         self.begin(len(past.lengths), past.lengths)
-        padded = _padded(past.lengths.to(self.device), self.cache.rows)
-        prompts = padded.cpu().numpy().astype(np.int64)
+        padded = _padded(past.lengths.to(self.device), self._sequences)
+        prompts = self._host(padded)
         try:
             past.fill(self.cache, prompts)
             self._next_position.copy_(padded)
@@ -323,8 +344,8 @@ class OptimizedModel(nn.Module):
         self._check_past()
         cache, states = self._new_cache(), States(self.stateful, self._device)
         rows, tokens = input_ids.shape
-        cache.begin(rows)
-        past.fill(cache, past.lengths.cpu().numpy().astype(np.int64))
+        cache.begin(rows * self._keep_sets.heads)
+        past.fill(cache, self._host(past.lengths))
         cache.reserve(tokens)
         states.begin(rows)
         positions = past.lengths[:, None] + torch.arange(tokens, device=input_ids.device)
@@ -348,7 +369,7 @@ class OptimizedModel(nn.Module):
         if self._text is not None and self._text.add(tokens.masked_fill(~active, 0), self._next_position[: self._rows]):
             return self._restart(self._text.ids, active)
         if self._until_round == 0:
-            self._round(_padded(active, self.cache.rows))
+            self._round(_padded(active, self._sequences))
         if self._until_round == self._cleared_at:
             self.cache.clear_mass()
         self._until_round -= 1
@@ -370,10 +391,10 @@ class OptimizedModel(nn.Module):
         """Fill the cache anew from the whole text ``[rows, T]`` of rows that are `active`, as `decode` would go on."""
         self._observe()
         lengths = (self._next_position[: self._rows] + 1).masked_fill(~active, 0)
-        filled = _padded(lengths, self.cache.rows)
-        tokens = filled.cpu().numpy().astype(np.int64)
+        filled = _padded(lengths, self._sequences)
+        tokens = self._host(filled)
         self.cache.end()
-        self.states.begin(self.cache.rows)
+        self.states.begin(self._sequences)
         self._begin_policy(self.cache.rows)
         logits = self._fill(ids, lengths, tokens, whole=False)
         self._next_position += filled > 0
@@ -405,7 +426,7 @@ class OptimizedModel(nn.Module):
         if self._content:
             state["seen"] = torch.arange(furthest, device=self._device)
         for name in ("page_table", "length"):
-            state[name] = state[name][:, : len(ids)]
+            state[name] = state[name][:, : len(ids) * self._keep_sets.heads]
         return self._executor.run(ids, positions, new_lengths.to(torch.int32), state, last)
 
     @contextmanager
@@ -421,12 +442,13 @@ class OptimizedModel(nn.Module):
     @contextmanager
     def unpruned(self) -> Iterator[None]:
         """Generations inside this context evict nothing: the same graph as a baseline."""
-        pruning = self.policy
-        self.policy = FullPolicy(replace(self.config, policy=FullPolicy.name, policy_options={}))
+        pruning = self._policy
+        # Of any graph: it evicts nothing from any head.
+        self._policy = FullPolicy(replace(self.config, policy=FullPolicy.name, policy_options={}))
         try:
             yield
         finally:
-            self.policy = pruning
+            self._policy = pruning
 
     # ---------------------------------------------------------------------------------------------------------- rounds
 
@@ -447,7 +469,8 @@ class OptimizedModel(nn.Module):
         self._reserve(active)
         self._observe_from()
         if on.any():
-            self._ledger.timeline.append(self.cache.lengths[:, on > 0].mean(1).tolist())
+            counted = self._keep_sets.there(self.cache.rows) & (on > 0)
+            self._ledger.timeline.append(self.cache.lengths.mean(1, where=counted).tolist())
 
     def _observe_from(self) -> None:
         """Set how many steps before the next round masses are cleared; never, if the policy wants every query."""
@@ -456,20 +479,24 @@ class OptimizedModel(nn.Module):
 
     def _evict(self, active: Tensor, limit: Tensor | None = None) -> list[Counts]:
         """Prune and compact every layer and row; the lengths before, the next positions and `active`, as read back."""
-        rows = (self._prompt_lengths, self._next_position, active)
-        state = RoundState(*self.cache.scores(), self._windows, *rows, key_source=self.cache.keys)
+        sets = self._keep_sets
+        prompts, following, on_now = map(sets.spread, (self._prompt_lengths, self._next_position, active))
+        rows = (prompts, following, on_now)
+        state = RoundState(*self.cache.scores(), self._windows, *rows, key_source=self.cache.keys, heads=sets.heads)
         keep = self.policy.round(state, limit)
         if keep is not None and self.on_round:
             self._tell(state, keep)
         before, seen, on = self.cache.compact(keep, self._next_position, active)
         after = self.cache.lengths
         self._ledger.evicted(before - after, self.cache.pages_for(before) - self.cache.pages_for(after))
-        return [before, seen, on]
+        return [before, sets.repeat(seen), sets.repeat(on)]
 
     def _tell(self, state: RoundState, keep: Tensor) -> None:
         lost = (keep.sum(2) < state.length).any(1).tolist()
         for site in [site for site in self.sites if lost[site.cache]]:
-            event = Round(site.layer, state.position[site.cache], keep[site.cache], state.next_position.clone())
+            shown = (state.position[site.cache], keep[site.cache], state.next_position.clone())
+            position, kept, following = (self._keep_sets.own(each, site.cache) for each in shown)
+            event = Round(site.layer, position, kept, following, site.keep_sets)
             for callback in self.on_round:
                 callback(event)
 
@@ -494,7 +521,16 @@ class OptimizedModel(nn.Module):
         """Read back what the steps since the last round did."""
         held = self.cache.pages_held()
         (seen,) = self.cache.sync(self._next_position)
-        self._ledger.read(seen, self.cache.lengths, held)
+        self._ledger.read(self._keep_sets.repeat(seen), self.cache.lengths, held)
+
+    def _host(self, lengths: Tensor) -> Counts:
+        """Tokens of each row of the cache, from those of sequences; waits for the device."""
+        return self._keep_sets.repeat(lengths.cpu().numpy())
+
+    @property
+    def _sequences(self) -> int:
+        """Sequences that the cache was made for."""
+        return self.cache.rows // self._keep_sets.heads
 
     @property
     def _windows(self) -> tuple[int | None, ...]:
@@ -504,7 +540,13 @@ class OptimizedModel(nn.Module):
         return [Geometry(*site.geometry) for site in self.caches]
 
     def _new_cache(self) -> KVCache:
-        return KVCache(self._geometries(), page_size=self.page_size, dtype=self._dtype, device=self._device)
+        return KVCache(
+            self._geometries(),
+            page_size=self.page_size,
+            dtype=self._dtype,
+            device=self._device,
+            keep_sets=self._keep_sets,
+        )
 
     # --------------------------------------------------------------------------------------------------------- reports
 
@@ -520,21 +562,23 @@ class OptimizedModel(nn.Module):
         """
         if self._generating:
             self._observe()
-        ledger, rows = self._ledger, slice(self._rows)
+        ledger, sets, rows = self._ledger, self._keep_sets, self._rows
+        thresholds, sparsity = self.policy.thresholds.cpu().numpy(), self.policy.sparsity.cpu().numpy()
         return CacheStats(
-            seen=ledger.seen[rows].tolist(),
-            retained=ledger.retained[:, rows].tolist(),
-            retained_mean=(ledger.retained_sum[:, rows] / max(1, ledger.steps)).tolist(),
-            rounds=ledger.rounds[:, rows].tolist(),
-            threshold=self.policy.thresholds[:, rows].tolist(),
-            sparsity=self.policy.sparsity[:, rows].tolist(),
-            bytes_held=(ledger.held * self._page_bytes)[:, rows].tolist(),
-            bytes_freed=(ledger.freed * self._page_bytes)[:, rows].tolist(),
+            seen=ledger.seen[:: sets.heads][:rows].tolist(),
+            retained=sets.mean(ledger.retained, rows),
+            retained_mean=sets.mean(ledger.retained_sum / max(1, ledger.steps), rows),
+            rounds=sets.mean(ledger.rounds, rows),
+            threshold=sets.mean(thresholds, rows, thresholds < NEVER, NEVER),
+            sparsity=sets.mean(sparsity, rows, ~np.isnan(sparsity), np.nan),
+            bytes_held=sets.total(ledger.held * self._page_bytes, rows),
+            bytes_freed=sets.total(ledger.freed * self._page_bytes, rows),
             timeline=ledger.timeline,
             bytes_peak=self.cache.bytes_peak,
             bytes_mean=self.cache.bytes_mean,
             pressed=ledger.pressed,
             state_bytes=self.states.bytes_of(self._rows),
+            heads=sets.each(ledger.retained, rows) if sets.heads > 1 else None,
         )
 
 

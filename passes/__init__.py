@@ -16,9 +16,16 @@ from lethe_compile.passes.rewrite_positions import RewritePositions
 
 
 def pipeline(
-    decay: float | None, peak: bool = False, *, fuse: bool = False, own_cache: bool = False
+    decay: float | None,
+    peak: bool = False,
+    *,
+    per_head: bool = False,
+    fuse: bool = False,
+    own_cache: bool = False,
 ) -> tuple[Pass, ...]:
-    """Every pass from a captured graph to one that attends over the cache; `decay` and `peak` as `InsertAttention`.
+    """Every pass from a captured graph to one that attends over the cache.
+
+    `decay`, `peak` and `per_head` are those of `InsertAttention`.
 
     `own_cache` is for a decode step that carries a cache, `Program.step`. `fuse` adds what only pays where memory
     bandwidth is the limit: a GPU.
@@ -34,6 +41,6 @@ def pipeline(
         ClassifyMasks(),
         RewritePositions(),
         InsertState(),
-        InsertAttention(decay, peak),
+        InsertAttention(decay, peak, per_head),
         *fusions,
     )

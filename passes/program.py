@@ -69,11 +69,12 @@ class Site:
     cache_group: int = 0  # which page pool: layers of one geometry share one
     cache: int = 0  # which cache, of those that layers have of their own
     shares: bool = False  # it attends to the cache of an earlier layer, whose keys and values are its own too
+    keep_sets: int = 1  # rows of the cache that one sequence has in it: 1, or one for each KV head
 
     @property
     def geometry(self) -> tuple[int, int, int]:
-        """(KV heads, numbers a key, numbers a value) as they are cached."""
-        return self.kv_heads, self.k_dim + self.columns, self.v_dim
+        """(KV heads, numbers a key, numbers a value) of one row, as they are cached."""
+        return self.kv_heads // self.keep_sets, self.k_dim + self.columns, self.v_dim
 
 
 @dataclass(frozen=True)

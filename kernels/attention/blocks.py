@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(-1.0e30)  # a running maximum before anything was seen: finite, so that differences are no NaN
+
+
+def sets_of(sinks: Tensor | None, slopes: Tensor | None, heads: int) -> int:
+    """How many sets of sinks and slopes rows take turns in, see `attention.reference`; both have as many."""
+    given = [len(learned) // heads for learned in (sinks, slopes) if learned is not None]
+    return given[0] if given else 1
 
 
 @triton.jit

@@ -66,7 +66,10 @@ def attention(
     # Ordered by token, then by head of the group: a run of tokens is a run of queries of each KV head.
     queries = (query * scale).view(rows, kv_heads, group, steps, key.shape[3]).transpose(2, 3).flatten(2, 3)
     out = query.new_zeros(rows, kv_heads, steps * group, value.shape[3])
+    sink_sets, slope_sets = (None if each is None else each.view(-1, heads) for each in (sinks, slopes))
     for row, (first, old, new) in enumerate(counts.tolist()):
+        sink = None if sink_sets is None else sink_sets[row % len(sink_sets)]
+        slope = None if slope_sets is None else slope_sets[row % len(slope_sets)]
         size = max(1, _SCORE_ELEMENTS // (heads * (old + new or 1)))  # tokens of a block
         for at in range(0, new, size):
             upto = min(new, at + size)
@@ -79,11 +82,11 @@ def attention(
                 seen = slice(first + int(outside), seen.stop)
             now, stored = positions[row, at:upto], position[seen]
             hidden = None if upto - at == 1 else _hidden(now, stored, window, chunked)
-            added = None if slopes is None else _alibi(now, stored, slopes, kv_heads)
+            added = None if slope is None else _alibi(now, stored, slope, kv_heads)
             if bias is not None:
                 given = _at(bias[row, :, at:upto], stored, kv_heads, group)
                 added = given if added is None else added + given
-            probability = _probability(queries[row, :, block], k_storage[:, seen], hidden, softcap, sinks, added)
+            probability = _probability(queries[row, :, block], k_storage[:, seen], hidden, softcap, sink, added)
             torch.bmm(probability.to(value.dtype), v_storage[:, seen], out=out[row, :, block])
             if decay is not None:
                 fading = decay if at == 0 else 1.0

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lethe_compile.kernels.attention.blocks import FLOOR, LOG2E, fold, page_ids, scores, tanh
+from lethe_compile.kernels.attention.blocks import FLOOR, LOG2E, fold, page_ids, scores, sets_of, tanh
 from lethe_compile.kernels.decode.l2 import set_aside
 from lethe_compile.kernels.decode.score import add_mass, keep
 from lethe_compile.kernels.launch import launch
@@ -73,6 +73,7 @@ def _attend(
     SCORED: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    SETS: tl.constexpr,  # of sinks and slopes; rows take turns
     K_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     PAGE: tl.constexpr,
@@ -126,7 +127,8 @@ def _attend(
         now = tl.load(positions + row * position_row)
         slope = tl.zeros([M], tl.float32)
         if SLOPES:
-            slope = tl.load(slopes + head * GROUP + m, mask=in_group, other=0.0).to(tl.float32) * LOG2E
+            slope_at = slopes + (row % SETS * KV_HEADS + head) * GROUP + m
+            slope = tl.load(slope_at, mask=in_group, other=0.0).to(tl.float32) * LOG2E
         table = page_table + row.to(tl.int64) * table_stride
         weight_at = weight + item.to(tl.int64) * capacity * GROUP
         max_at = block_max + item.to(tl.int64) * (capacity // BLOCK) * GROUP
@@ -222,7 +224,8 @@ def _attend(
                     top = higher
         if done:
             if SINKS:
-                sink = tl.load(sinks + head * GROUP + m, mask=in_group, other=0.0).to(tl.float32) * LOG2E
+                sink_at = sinks + (row % SETS * KV_HEADS + head) * GROUP + m
+                sink = tl.load(sink_at, mask=in_group, other=0.0).to(tl.float32) * LOG2E
                 higher = tl.maximum(top, sink)
                 fade = tl.exp2(top - higher)
                 mass = mass * fade + tl.exp2(sink - higher)
@@ -404,6 +407,7 @@ def attention(
         SCORED=scored,
         KV_HEADS=kv_heads,
         GROUP=group,
+        SETS=sets_of(sinks, slopes, heads),
         K_DIM=k_dim,
         V_DIM=v_dim,
         PAGE=page,

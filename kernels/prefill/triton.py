@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lethe_compile.kernels.attention.blocks import FLOOR, LOG2E, dot, fold, page_ids, tanh
+from lethe_compile.kernels.attention.blocks import FLOOR, LOG2E, dot, fold, page_ids, sets_of, tanh
 from lethe_compile.kernels.launch import launch
 
 
@@ -127,6 +127,7 @@ def _forward(
     SINKS: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    SETS: tl.constexpr,  # of sinks and slopes; rows take turns
     K_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     PAGE: tl.constexpr,
@@ -147,7 +148,7 @@ def _forward(
     q_at = query + row * q_row + head * q_head + (token * q_token)[:, None] + d[None, :]
     q = tl.load(q_at, mask=real[:, None] & in_k[None, :], other=0.0)
     now = tl.load(positions + row * position_row + token, mask=real, other=-1)
-    slope = tl.load(slopes + head).to(tl.float32) if SLOPES else 0.0
+    slope = tl.load(slopes + row % SETS * HEADS + head).to(tl.float32) if SLOPES else 0.0
     table = page_table + row * table_stride
 
     top = tl.full([M], FLOOR, tl.float32)
@@ -174,7 +175,7 @@ def _forward(
         v = tl.load(v_at[:, None] + e[None, :], mask=live[:, None] & in_v[None, :], other=0.0)
         top, mass, acc, _ = fold(top, mass, acc, s, v, UPCAST)
     if SINKS:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+        sink = tl.load(sinks + row % SETS * HEADS + head).to(tl.float32) * LOG2E
         higher = tl.maximum(top, sink)
         fade = tl.exp2(top - higher)
         mass = mass * fade + tl.exp2(sink - higher)
@@ -217,6 +218,7 @@ def _score(
     PEAK: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    SETS: tl.constexpr,
     K_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     M: tl.constexpr,
@@ -248,7 +250,7 @@ def _score(
             now = tl.load(positions + row * position_row + token, mask=real, other=-1)
             total = tl.load(lse + (row * KV_HEADS * GROUP + q_of) * tokens + token, mask=real, other=float("inf"))
             age = now[None, :] - stored[:, None]
-            slope = tl.load(slopes + q_of).to(tl.float32) if SLOPES else 0.0
+            slope = tl.load(slopes + row % SETS * (KV_HEADS * GROUP) + q_of).to(tl.float32) if SLOPES else 0.0
             s = dot(k, q, UPCAST)  # [BLOCK, M]
             s = _visible(s, age, now[None, :], live[:, None], slope, SCALE, SOFTCAP, WINDOW, CHUNKED, SLOPES)
             p = tl.exp2(s - total[None, :])
@@ -363,7 +365,7 @@ def attention(
         BLOCK_V=block_v,
     )
     rule = {"SCALE": scale if softcap is not None else scale * LOG2E.value, "SOFTCAP": softcap, "WINDOW": window}
-    rule |= {"CHUNKED": chunked, "SLOPES": slopes is not None}
+    rule |= {"CHUNKED": chunked, "SLOPES": slopes is not None, "SETS": sets_of(sinks, slopes, heads)}
     blocks = {"M": tune.m, "BLOCK": tune.block, "BLOCK_K": block_k, "UPCAST": upcast, "STAGES": tune.stages}
     warps = {"num_warps": tune.warps, "num_stages": tune.stages}
     launch(

@@ -30,7 +30,11 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class RoundState:
-    """The cache at a round: L layers, R rows, N slots at least as many as the longest row's, in order of position."""
+    """The cache at a round: L layers, R rows, N slots at least as many as the longest row's, in order of position.
+
+    A row is a sequence, or, for a policy `per_head`, one KV head of it: row ``sequence * heads + head``. Layers of
+    fewer KV heads than others hold nothing in the rows that they lack.
+    """
 
     mass: Tensor  # [L, R, N] float32: RASR scores, 0 beyond length
     position: Tensor  # [L, R, N] int32, -1 beyond length
@@ -40,6 +44,7 @@ class RoundState:
     next_position: Tensor  # [R] int64: position that the next token will get
     active: Tensor  # [R] bool: rows still generating
     key_source: Callable[[int], Tensor] | None = None  # behind `keys`
+    heads: int = 1  # rows of one sequence
 
     def keys(self, layer: int) -> Tensor:
         """[R, N, num_kv_heads, k_dim], the cached keys of a layer as attention sees them (rotated if the model does),
@@ -86,6 +91,7 @@ class Policy(ABC):
     name: ClassVar[str]
     Options: ClassVar[type[Settings]] = NoOptions
     options: Any
+    per_head: ClassVar[bool] = False  # each KV head keeps tokens of its own; holds when a model is optimized for it
 
     def __init__(self, config: LetheConfig) -> None:
         self.config = config

@@ -54,8 +54,8 @@ class Case:
     length: Tensor
     positions: Tensor
     new: Tensor
-    sinks: Tensor  # [heads]
-    slopes: Tensor  # [heads]
+    sinks: Tensor  # [sets * heads]
+    slopes: Tensor  # [sets * heads]
 
     def run(self, kernel: Callable[..., Tensor], options: dict[str, Any], double: bool = False) -> tuple[Tensor, Case]:
         """The output of `kernel`, and the case as it leaves it; this one stays as it is."""
@@ -77,7 +77,15 @@ class Case:
         return self.table[row, slot // page].long(), slot % page
 
 
-def case(heads: Heads, page: int, lengths: list[int], new: list[int], dtype: torch.dtype, device: str = "cpu") -> Case:
+def case(
+    heads: Heads,
+    page: int,
+    lengths: list[int],
+    new: list[int],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    sets: int = 1,
+) -> Case:
     rows, tokens = len(lengths), max(new)
     held = [-(-(n + more) // page) for n, more in zip(lengths, new, strict=True)]
     pages = sum(held) + 3
@@ -105,7 +113,7 @@ def case(heads: Heads, page: int, lengths: list[int], new: list[int], dtype: tor
         torch.randn(rows, heads.kv, tokens, heads.k_dim).to(dtype) * 2,
         torch.randn(rows, tokens, heads.kv, heads.v_dim).to(dtype).transpose(1, 2),  # strided, as a model's are
     )
-    per_head = torch.randn(heads.query), torch.rand(heads.query) * 0.2
+    per_head = torch.randn(sets * heads.query), torch.rand(sets * heads.query) * 0.2
     whole = Case(operands, state, table, length, positions, torch.tensor(new, dtype=torch.int32), *per_head)
     for name, value in vars(whole).items():
         moved = value.to(device) if isinstance(value, Tensor) else type(value)(one.to(device) for one in value)
@@ -192,6 +200,15 @@ def test_prefill(lengths: list[int], options: dict[str, Any]) -> None:
         assert_agrees(prefill.attention, case(heads, page, lengths, [70, 0, 33], torch.float32), options)
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("options", ["peak", "windowed", "sloped"])
+def test_kv_heads_as_rows(options: str) -> None:
+    """Two sequences of three KV heads, each a row with tokens, sinks and slopes of its own."""
+    for kernel, new in ((decode.attention, [1] * 6), (prefill.attention, [9, 9, 9, 4, 4, 4])):
+        given = case(Heads(2, 1, 16, 24), 4, [33, 5, 12, 0, 17, 8], new, torch.float32, sets=3)
+        assert_agrees(kernel, given, OPTIONS[options])
+
+
 def test_through_the_interpreter() -> None:
     run_interpreted(__file__)
 
@@ -214,6 +231,18 @@ def test_gpu_decode(heads: Heads, dtype: torch.dtype) -> None:
 def test_gpu_prefill(heads: Heads, dtype: torch.dtype) -> None:
     for page, options in zip((16, 64, 64, 256, 16, 64, 32, 64), OPTIONS.values(), strict=True):
         assert_agrees(prefill.attention, case(heads, page, [0, 300, 77], [333, 0, 128], dtype, "cuda"), options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_gpu_kv_heads_as_rows(dtype: torch.dtype) -> None:
+    """Four sequences of eight KV heads, each a row with tokens, sinks and slopes of its own."""
+    lengths = [(37 * row) % 900 for row in range(32)]
+    for options in OPTIONS.values():
+        given = case(Heads(4, 1, 128, 128), 64, lengths, [1] * 32, dtype, "cuda", sets=8)
+        assert_agrees(decode.attention, given, options)
+        given = case(Heads(4, 1, 128, 128), 16, lengths, [70 + row // 8 for row in range(32)], dtype, "cuda", sets=8)
+        assert_agrees(prefill.attention, given, options)
 
 
 @pytest.mark.gpu
@@ -290,6 +319,7 @@ def test_decode_on_hopper(dtype: str, dim: int, group: int, page: int, tmp_path:
         "SINKS": False,
         "SCORED": True,
         "KV_HEADS": 8,
+        "SETS": 1,
     }
     arguments |= {"GROUP": group, "K_DIM": dim, "V_DIM": dim, "PAGE": page, "ROWS": 16, "BLOCK": tune.block, "M": 16}
     arguments |= {"BLOCK_K": block, "BLOCK_V": block, "LEAST": 2, "UPCAST": dtype == "fp32", "STAGES": tune.stages}
