@@ -82,6 +82,15 @@ class InsertAttention:
         return PassResult(replace(program, sites=tuple(sites)), tuple(notes))
 
 
+def set_score(program: Program, decay: float | None, peak: bool) -> None:
+    """Change what the cached attentions of a finished program keep as scores; `decay`, `peak` as `InsertAttention`."""
+    names = [argument.name for argument in CACHED_OP._schema.arguments]
+    for node in program.graph.find_nodes(op="call_function", target=CACHED_OP):
+        for name, value in (("decay", decay), ("peak", peak)):
+            node.update_arg(names.index(name), value)
+    program.module.recompile()
+
+
 def _refuse_token_matrices(program: Program) -> None:
     tokens = shape_of(program.input_ids)[1]
     for node in program.graph.nodes:
