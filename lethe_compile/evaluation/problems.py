@@ -13,7 +13,7 @@ class Problem:
     id: str
     prompt: tuple[int, ...]
     max_new_tokens: int
-    reference: Any  # what `Task.grade` compares with; JSON-ready
+    reference: Any  # what `Task.grade` compares with; picklable
     group: str  # of the breakdown, such as a family or a level
     expected_tokens: int = 0  # new tokens that a right answer takes, 0 if unknown: alike problems share a batch
 

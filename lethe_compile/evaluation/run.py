@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lethe_compile.errors import InputError
 from lethe_compile.evaluation.cells import Cell
@@ -76,7 +77,7 @@ def evaluate(
         jobs = plan(cells, problems, journal.records)
         wanted = sum(len(_of(cell, problems)) for cell in cells)
         failures = []
-        threads = threads or max(1, (os.cpu_count() or 1) // processes)
+        threads = threads or max(1, torch.get_num_threads() // processes)
         for event in run_jobs(jobs, make, processes, threads, deadline) if jobs else ():
             failed = event if isinstance(event, Failed) else None
             if isinstance(event, Done):

@@ -49,6 +49,10 @@ class LethePolicy(Policy):
     def peak(self) -> bool:
         return self.config.score == "peak"
 
+    @property
+    def couples_rows(self) -> bool:
+        return self.config.paper_literal
+
     def begin(self, num_layers: int, rows: int) -> None:
         floor, budget = self.config.cap_floor, self.config.budget
         if budget is not None and budget < num_layers * floor:
