@@ -20,7 +20,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from lethe_compile.api import optimize
-from lethe_compile.errors import InputError
 from lethe_compile.evaluation import Cell, Evaluation, ModelEngine, Problem, Progress, Task, evaluate, make_cells
 from lethe_compile.evaluation.cells import FULL, check_layers
 from lethe_compile.evaluation.journal import Record, write_whole
@@ -103,7 +102,12 @@ def _facts(options: Options, sampling: dict[str, Any], problems: Sequence[Proble
     names = ("model", "tasks", "problems", "seed", "dtype", "tokenizer")
     facts = {name: getattr(options, name) for name in names}
     device = torch.device(options.device).type
-    return {**facts, "device": device, "sampling": sampling, "prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16]}
+    return {
+        **facts,
+        "device": device,
+        "sampling": sampling,
+        "prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16],
+    }
 
 
 def _bar(console: Console) -> Bar:

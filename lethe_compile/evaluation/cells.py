@@ -117,7 +117,7 @@ def parse_budget(value: int | float | str) -> dict[str, Any]:
     """
     if isinstance(value, str):
         if not value.strip():
-            raise InputError("an empty budget: give tokens of each layer, total=TOKENS, or what LetheConfig.budget takes")
+            raise InputError("an empty budget: give tokens a layer, total=TOKENS, or what LetheConfig.budget takes")
         if value.startswith("total="):
             return {"budget": _value(value.removeprefix("total="))}
         value = _value(value.strip())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from math import isnan
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
 
 from lethe_compile.evaluation.cells import Cell
 from lethe_compile.evaluation.journal import Record
@@ -32,13 +32,13 @@ class Engine(Protocol):
         """
 
 
-class RowLimits(StoppingCriteria):
-    """Ends each row after its own number of new tokens, and everything at the deadline."""
+class RowLimits:
+    """A stopping criterion: ends each row after its own number of new tokens, and everything at the deadline."""
 
     def __init__(self, lengths: Tensor, deadline: float) -> None:
         self._lengths, self._deadline = lengths, deadline  # [rows] columns at which a row ends
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         if time.monotonic() > self._deadline:
             raise OutOfTime
         return self._lengths <= input_ids.shape[1]
@@ -85,7 +85,9 @@ class ModelEngine:
             start = time.perf_counter()
             out = self._generate(ids.to(device), mask.to(device), problems, deadline).cpu()
             seconds = time.perf_counter() - start
-        written = [self._cut(row, problem) for row, problem in zip(out[:, ids.shape[1] :].tolist(), problems, strict=True)]
+        written = [
+            self._cut(row, problem) for row, problem in zip(out[:, ids.shape[1] :].tolist(), problems, strict=True)
+        ]
         total = sum(map(len, written))
         usage = recorder.usage()
         records = []
@@ -147,7 +149,7 @@ def _end_tokens(fast: OptimizedModel, tokenizer: Any) -> frozenset[int]:
 
 def _timeline(recorder: Recorder) -> Record:
     steps, retained, sparsity = recorder.by_layer()
-    measured = [[None if value != value else round(value, 4) for value in row] for row in sparsity.tolist()]
+    measured = [[None if isnan(value) else round(value, 4) for value in row] for row in sparsity.tolist()]
     return {"steps": steps, "retained": retained.round(2).tolist(), "sparsity": measured}
 
 

@@ -44,7 +44,7 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InputError(f"another process is writing to {folder}: wait for it, or use another directory") from error
+            raise InputError(f"another process writes to {folder}: wait for it, or use another directory") from error
         self.records: dict[tuple[str, str], Record] = {
             (r["cell"], r["problem"]): r for r in _read(self.path, ("cell", "problem", "score"))
         }

@@ -12,7 +12,7 @@ import numpy as np
 mpl.use("agg")  # files only, whatever display there is
 
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lethe_compile.evaluation.cells import FULL
 from lethe_compile.evaluation.figures import CellFigures, Figures
@@ -20,7 +20,9 @@ from lethe_compile.evaluation.journal import Record
 from lethe_compile.evaluation.tables import human_bytes
 
 # Okabe and Ito's palette, told apart by the colour-blind; black is the full cache. Markers say the same again.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#8C510A", "#332288", "#B8B000")
+_COLOURS = (
+    "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#8C510A", "#332288", "#B8B000",
+)  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "lethe"}
 
@@ -32,7 +34,8 @@ def pareto(figures: Figures, group: str, title: str, stem: Path) -> list[Path]:
     with mpl.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(7.6, 4.4), layout="constrained")
         for index, curve in enumerate(dict.fromkeys(cell.curve for cell in cells)):
-            look = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+            look: dict[str, Any] = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+            look["zorder"] = 4 - index / 100  # the first on top
             if index >= len(_COLOURS):
                 look["linestyle"] = "--"
             _curve(axes, [cell for cell in cells if cell.curve == curve], curve, look)
@@ -54,7 +57,15 @@ def _curve(axes: Any, cells: Sequence[CellFigures], label: str, look: dict[str, 
     ends = np.array([[100 * cell.score.low, 100 * cell.score.high] for cell in points]).T
     spread = np.abs(np.array([score - ends[0], ends[1] - score])).clip(min=0)
     axes.errorbar(
-        [cell.kv_mean for cell in points], score, yerr=spread, label=label, lw=1.3, ms=5, capsize=2, elinewidth=0.8, **look
+        [cell.kv_mean for cell in points],
+        score,
+        yerr=spread,
+        label=label,
+        lw=1.3,
+        ms=5,
+        capsize=2,
+        elinewidth=0.8,
+        **look,
     )
 
 
@@ -64,7 +75,7 @@ def _byte_axis(axes: Any, values: Sequence[float]) -> None:
     every = max(1, int(np.ceil((high - low) / 7)))
     axes.xaxis.set_major_locator(LogLocator(base=2.0**every, numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     margin = max(0.15, 0.05 * (high - low))
     axes.set_xlim(2 ** (low - margin - (low == high)), 2 ** (high + margin + (low == high)))
 
@@ -88,7 +99,7 @@ def heat_map(timeline: Record, title: str, stem: Path) -> list[Path]:
             low, high = limits or (0.0, float(np.nanmax(values)))
             layers = np.arange(len(values) + 1) - 0.5
             drawn = axes.pcolormesh(edges, layers, values, cmap=colours, vmin=low, vmax=high, rasterized=True)
-            drawn.cmap.set_bad("0.85")
+            axes.set_facecolor("0.85")  # where nothing was measured
             figure.colorbar(drawn, ax=axes, label=label, pad=0.01)
             axes.set(ylabel="layer")
             axes.yaxis.get_major_locator().set_params(integer=True)

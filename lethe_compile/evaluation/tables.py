@@ -25,9 +25,9 @@ class _Column(NamedTuple):
 _COLUMNS = (
     _Column("batch", lambda f: str(f.batch)),
     _Column("n", lambda f: str(f.problems), narrow=False),
-    _Column("accuracy %\n[95% CI]", lambda f: f"{_percent(f.score.value)} {_interval(f.score)}"),
+    _Column("accuracy %\n[95% CI]", lambda f: f"{_percent(f.score.value)}\n{_interval(f.score)}"),
     _Column("− full", lambda f: _signed(f.versus_full)),
-    _Column("p", lambda f: "" if f.p_value is None else f"{f.p_value:.2g}", narrow=False),
+    _Column("p", lambda f: "" if f.p_value is None else _p_value(f.p_value), narrow=False),
     _Column("KV mean", lambda f: human_bytes(f.kv_mean)),
     _Column(": full", lambda f: "" if f.kv_of_full is None else f"{f.kv_of_full:.3f}"),
     _Column("KV peak", lambda f: human_bytes(f.kv_peak), narrow=False),
@@ -48,7 +48,7 @@ def terminal(figures: Figures, width: int) -> RenderableType:
     columns = [column for column in _COLUMNS if column.narrow or width >= _WIDE]
     for group, cells in _groups(figures):
         table = Table(title=group, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        table.add_column("", overflow="fold", min_width=14)
+        table.add_column("", overflow="fold", min_width=14)  # two lines, as the accuracy takes
         for column in columns:
             table.add_column(column.title, justify="right", no_wrap=True)
         for cell in cells:
@@ -71,10 +71,16 @@ def markdown(figures: Figures, headline: str, failures: Sequence[Failed] = ()) -
     for group, cells in _groups(figures):
         titles = ["", *(column.title.replace("\n", " ") for column in _COLUMNS)]
         lines += [f"### {group}", "", _row(titles), _row(["---", *["---:"] * len(_COLUMNS)])]
-        lines += [_row([_name(cell), *(column.cell(cell) for column in _COLUMNS)]) for cell in cells] + [""]
+        rows = ([_name(cell), *(column.cell(cell).replace("\n", " ") for column in _COLUMNS)] for cell in cells)
+        lines += [*map(_row, rows), ""]
     lines += [LEGEND, ""]
     if rows := _equal_rows(figures):
-        lines += [f"### {_EQUAL}", "", _row(["KV mean", "cell", "less", "points [95% CI]"]), _row(["---:"] + ["---"] * 3)]
+        lines += [
+            f"### {_EQUAL}",
+            "",
+            _row(["KV mean", "cell", "less", "points [95% CI]"]),
+            _row(["---:"] + ["---"] * 3),
+        ]
         lines += [_row(row) for row in rows] + [""]
     if failures:
         lines += ["### Failed", "", *(f"- {failed}" for failed in failures), ""]
@@ -105,6 +111,10 @@ def _equal_rows(figures: Figures) -> list[list[str]]:
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _p_value(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "<.001"
 
 
 def _percent(share: float) -> str:

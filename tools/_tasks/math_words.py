@@ -39,13 +39,13 @@ class _MathFile:
         if not Path(self.file).is_file():
             raise InputError(f"task {self.name!r}: there is no file {self.file}")
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise InputError(f"task {self.name!r}: max_new_tokens={self.max_new_tokens!r} must be a whole number from 1 on")
+            raise InputError(f"task {self.name!r}: max_new_tokens={self.max_new_tokens!r} must be at least 1")
         if importlib.util.find_spec("math_verify") is None:
             raise InputError(f"task {self.name!r} grades with math-verify: pip install 'lethe-compile[evaluate]'")
 
     def problems(self, n: int, seed: int, tokenizer: Any) -> list[Problem]:
         if tokenizer is None:
-            raise InputError(f"task {self.name!r} writes its prompts as text: this model has no tokenizer, give --tokenizer")
+            raise InputError(f"task {self.name!r} writes text, and this model has no tokenizer: give --tokenizer")
         lines = self._lines()
         if n > len(lines):
             raise InputError(f"{self.file} has {len(lines)} problems, and {n} are asked for")

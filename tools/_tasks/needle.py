@@ -15,6 +15,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from lethe_compile.errors import InputError
@@ -74,7 +75,7 @@ class Needle:
 
     def problems(self, n: int, seed: int, tokenizer: Any) -> list[Problem]:
         if tokenizer is None:
-            raise InputError(f"task {self.name!r} writes its prompts as text: this model has no tokenizer, give --tokenizer")
+            raise InputError(f"task {self.name!r} writes text, and this model has no tokenizer: give --tokenizer")
         return [self._problem(index, random.Random(f"{seed}/{index}"), tokenizer) for index in range(n)]
 
     def _problem(self, index: int, rng: random.Random, tokenizer: Any) -> Problem:
@@ -87,7 +88,7 @@ class Needle:
 
         if len(ids(0)) > self.tokens:
             raise InputError(
-                f"task {self.name!r}: its needles and question alone take {len(ids(0))} tokens, more than tokens={self.tokens}"
+                f"task {self.name!r}: tokens={self.tokens}, and needles and question alone take {len(ids(0))}"
             )
         low, high = 0, self.tokens  # sentences that fit, and that do not: each takes a token or more
         while high - low > 1:
@@ -166,7 +167,7 @@ def _tracking(rng: random.Random, needles: int, hops: int) -> _Draft:
 
 
 def _chain(names: list[str], value: str) -> list[str]:
-    return [f"VAR {names[0]} = {value}.", *(f"VAR {b} = VAR {a}." for a, b in zip(names, names[1:], strict=False))]
+    return [f"VAR {names[0]} = {value}.", *(f"VAR {b} = VAR {a}." for a, b in pairwise(names))]
 
 
 _DRAFTS: dict[str, Callable[[random.Random, int, int], _Draft]] = {
