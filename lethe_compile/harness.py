@@ -38,7 +38,7 @@ _MAX_NEW_TOKENS, _MAX_LENGTH = 256, 4096  # where neither the task, nor the mode
 
 
 @register_model("lethe")
-class LetheLM(TemplateLM):
+class LetheLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     """`generate_until`, `loglikelihood` and `loglikelihood_rolling` by one `OptimizedModel`.
 
     A log-likelihood is that of a generation which is made to write the continuation: the context is one prefill, then
@@ -75,9 +75,9 @@ class LetheLM(TemplateLM):
             raise InputError("model_args must name the model: pretrained=DIRECTORY_OR_HUB_ID")
         settings = {field.name: given[field.name] for field in fields(LetheConfig) if field.name in given}
         device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=given.get("dtype", "auto")).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=given.get("dtype", "auto"))
         tokenizer = AutoTokenizer.from_pretrained(given.get("tokenizer") or name)
-        fast = optimize(model, LetheConfig.from_dict(settings))
+        fast = optimize(model.to(device).eval(), LetheConfig.from_dict(settings))
         batch = given.get("batch_size") or 1
         return cls(fast, tokenizer, batch_size=int(batch), max_length=given.get("max_length"))
 
@@ -210,7 +210,7 @@ class LetheLM(TemplateLM):
             options |= {"stop_strings": stops, "tokenizer": self.tokenizer}
         kept = [prompt[-(self.max_length - new) :] for prompt in prompts]
         width = max(map(len, kept))
-        ids, lengths = _right_padded([[0] * (width - len(prompt)) + prompt for prompt in kept], self.fast.device)
+        ids, _ = _right_padded([[0] * (width - len(prompt)) + prompt for prompt in kept], self.fast.device)
         mask = (
             torch.arange(width, device=ids.device)
             >= width - torch.tensor([*map(len, kept)], device=ids.device)[:, None]

@@ -27,7 +27,8 @@ def generate(fast: OptimizedModel) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [steps, layers, rows] and pages behind every step, as the cache says; NaN where a row took no part."""
     fast.begin(3, LENGTHS, max(STEPS))
     fast.prefill(PROMPTS, LENGTHS)
-    seen = [(fast.cache.length.numpy().copy(), fast.cache.pages_held())]
+    first = fast.cache.length.numpy().copy()
+    seen = [(first, fast.cache.pages_for(first.astype(np.int64)))]  # before pages for the next steps are taken
     for step in range(max(STEPS)):
         active = torch.tensor([step < n for n in STEPS])
         fast.decode(torch.full((3,), 1 + step % 7), active)

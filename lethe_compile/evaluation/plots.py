@@ -24,7 +24,7 @@ _COLOURS = (
     "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#8C510A", "#332288", "#B8B000",
 )  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
-_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "lethe"}
+_STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "lethe"}
 
 
 def pareto(figures: Figures, group: str, title: str, stem: Path) -> list[Path]:
@@ -87,7 +87,7 @@ def heat_map(timeline: Record, title: str, stem: Path) -> list[Path]:
     measured = sparsity.size > 0 and bool(np.isfinite(sparsity).any())
     steps = timeline["steps"]
     edges = [*steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)]
-    panels = [(retained, "cividis", "retained tokens", None)]
+    panels: list[Any] = [(retained, "cividis", "retained tokens", None)]
     if measured:
         panels.append((sparsity, "viridis", "Hoyer sparsity", (0.0, 1.0)))
     height = min(6.0, max(1.7, 0.16 * len(retained) + 0.9))

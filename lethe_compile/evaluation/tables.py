@@ -71,8 +71,8 @@ def markdown(figures: Figures, headline: str, failures: Sequence[Failed] = ()) -
     for group, cells in _groups(figures):
         titles = ["", *(column.title.replace("\n", " ") for column in _COLUMNS)]
         lines += [f"### {group}", "", _row(titles), _row(["---", *["---:"] * len(_COLUMNS)])]
-        rows = ([_name(cell), *(column.cell(cell).replace("\n", " ") for column in _COLUMNS)] for cell in cells)
-        lines += [*map(_row, rows), ""]
+        table = ([_name(cell), *(column.cell(cell).replace("\n", " ") for column in _COLUMNS)] for cell in cells)
+        lines += [*map(_row, table), ""]
     lines += [LEGEND, ""]
     if rows := _equal_rows(figures):
         lines += [

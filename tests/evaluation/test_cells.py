@@ -15,7 +15,7 @@ from lethe_compile.evaluation.cells import check_layers, describe, parse_budget,
     [
         ("lethe", "lethe", {}),
         ("lethe:sparse_ratio=100,recent_ratio=0.3", "lethe", {"sparse_ratio": 100, "recent_ratio": 0.3}),
-        ("lethe:score=sum,paper_literal=true,max_tokens=none", "lethe", {"score": "sum", "paper_literal": True, "max_tokens": None}),
+        ("lethe:paper_literal=true,max_tokens=none", "lethe", {"paper_literal": True, "max_tokens": None}),
         ("mine:sizes=[1,2],name=a b", "mine", {"sizes": [1, 2], "name": "a b"}),
     ],
 )  # fmt: skip
