@@ -21,6 +21,7 @@ from torch import Tensor
 from lethe_compile.api import optimize
 from lethe_compile.config import LetheConfig
 from lethe_compile.errors import InputError
+from lethe_compile.prompt import left_padded
 from lethe_compile.runtime import OptimizedModel
 from lethe_compile.sampling import token_ids
 
@@ -206,20 +207,18 @@ class LetheLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         if not options.get("do_sample", options.get("temperature", 0.0) > 0):
             options = {key: v for key, v in options.items() if key not in ("temperature", "top_p", "top_k")}
             options["do_sample"] = False
+        ids, mask = left_padded([prompt[-(self.max_length - new) :] for prompt in prompts])
         if stops:
-            options |= {"stop_strings": stops, "tokenizer": self.tokenizer}
-        kept = [prompt[-(self.max_length - new) :] for prompt in prompts]
-        width = max(map(len, kept))
-        ids, _ = _right_padded([[0] * (width - len(prompt)) + prompt for prompt in kept], self.fast.device)
-        mask = (
-            torch.arange(width, device=ids.device)
-            >= width - torch.tensor([*map(len, kept)], device=ids.device)[:, None]
-        )
+            options["stopping_criteria"] = [_StopTexts(self.tokenizer, stops, ids.shape[1])]
         out = self.fast.generate(
-            ids, attention_mask=mask, max_new_tokens=new, eos_token_id=self._end or None,
-            pad_token_id=self._end[0] if self._end else 0, **options,
-        )  # fmt: skip
-        return [self._text(row, stops) for row in out[:, width:].tolist()]
+            ids.to(self.fast.device),
+            attention_mask=mask.to(self.fast.device),
+            max_new_tokens=new,
+            eos_token_id=self._end or None,
+            pad_token_id=self._end[0] if self._end else 0,
+            **options,
+        )
+        return [self._text(row, stops) for row in out[:, ids.shape[1] :].tolist()]
 
     def _text(self, tokens: list[int], stops: Sequence[str]) -> str:
         end = next((place for place, token in enumerate(tokens) if token in self._end), len(tokens))
@@ -240,6 +239,29 @@ class LetheLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         from tqdm import tqdm
 
         return tqdm(total=total, disable=off or self.rank != 0, desc=words)
+
+
+class _StopTexts:
+    """Ends a row once one of `stops` stands in the text of its new tokens.
+
+    Read as text at every step, as the harness's own models do: transformers' criterion, which stays on the device, does
+    not know every tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], columns: int) -> None:
+        self._tokenizer, self._stops, self._columns = tokenizer, stops, columns
+        self._tokens = 1 + max(len(tokenizer(stop, add_special_tokens=False)["input_ids"]) for stop in stops)
+        self._done: list[bool] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        last = input_ids[:, max(self._columns, input_ids.shape[1] - 2 * self._tokens) :].tolist()
+        done = self._done or [False] * len(last)
+        self._done = [ended or self._stopped(row) for ended, row in zip(done, last, strict=True)]
+        return torch.tensor(self._done, device=input_ids.device)
+
+    def _stopped(self, tokens: list[int]) -> bool:
+        text = self._tokenizer.decode(tokens, skip_special_tokens=False)
+        return any(stop in text for stop in self._stops)
 
 
 def _right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

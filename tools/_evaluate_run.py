@@ -63,21 +63,24 @@ def run(namespace: argparse.Namespace) -> int:
     make = MakeEngine(options.model, options.tokenizer, options.device, options.dtype, tasks, sampling, options.seed)
     console, errors = Console(), Console(stderr=True)
     facts = _facts(options, sampling, problems)
-    errors.print(f"{len(cells)} cells × {len(problems)} problems, results in {options.out}", style="dim", markup=False)
-    with _bar(errors) as bar:
-        line = bar.add_task("starting", total=None)
+    bar = _bar(errors)
+    line = bar.add_task("starting", total=None)
 
-        def progress(now: Progress) -> None:
-            bar.update(line, total=now.wanted, completed=now.done, description=now.cell)
-            if now.failed is not None:
-                errors.print(f"failed: {now.failed}", style="red", markup=False)
-                errors.print(now.failed.details, style="dim", markup=False)
+    def progress(now: Progress) -> None:
+        bar.start()  # only now: a refusal is one line and no bar
+        bar.update(line, total=now.wanted, completed=now.done, description=now.cell or "starting")
+        if now.failed is not None:
+            errors.print(f"failed: {now.failed}", style="red", markup=False)
+            errors.print(now.failed.details, style="dim", markup=False)
 
+    try:
         done = evaluate(
             make, cells, problems, options.out, facts,
             processes=options.processes, threads=options.threads, time_limit=options.time_limit, seed=options.seed,
             progress=progress,
         )  # fmt: skip
+    finally:
+        bar.stop()
     console.print(terminal(done.figures, console.width))
     for path in _write(options, facts, done, cells):
         console.print(str(path), style="dim", markup=False, soft_wrap=True)

@@ -146,7 +146,9 @@ def make_cells(
     batches: Sequence[int] = (1,),
     pack: int | None = None,
 ) -> list[Cell]:
-    """Policies × their varied settings × budgets × batch sizes, `full` once for all budgets, equal cells once.
+    """Policies × their varied settings × budgets × batch sizes, `full` once for all budgets.
+
+    Cells of different curves or groups may have the same id: they are run once and shown in each.
 
     A policy is ``name:key=value,…`` or a mapping: `policy` is that text, and it may say `label`, `group`, `problems`,
     `budgets`, `batches` and `pack` in place of the arguments, `settings`, and `vary`, a list of values for each of
@@ -156,14 +158,12 @@ def make_cells(
     Raises:
         InputError, ConfigError: what cannot be read, or is not allowed; names the policy.
     """
-    cells: dict[str, Cell] = {}
+    cells: dict[tuple[str, str, str], Cell] = {}
     for entry in policies:
         shared: dict[str, Any] = {"budgets": budgets, "batches": batches, "pack": pack}
         given = {"policy": entry} if isinstance(entry, str) else dict(entry)
         for cell in _expand({**shared, **given}):
-            if cell.id in cells and cells[cell.id].curve == FULL:
-                continue
-            cells.setdefault(cell.id, cell)
+            cells.setdefault((cell.id, cell.curve, cell.group), cell)
     if not cells:
         raise InputError("nothing to evaluate: name at least one policy")
     return list(cells.values())

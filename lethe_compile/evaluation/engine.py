@@ -13,6 +13,7 @@ from torch import Tensor
 from lethe_compile.evaluation.cells import Cell
 from lethe_compile.evaluation.journal import Record
 from lethe_compile.evaluation.problems import Problem, Task
+from lethe_compile.prompt import left_padded
 from lethe_compile.recorder import Recorder
 from lethe_compile.runtime import OptimizedModel
 from lethe_compile.sampling import token_ids
@@ -126,16 +127,6 @@ class ModelEngine:
         """The new tokens of a row up to its end, that included."""
         end = next((place for place, token in enumerate(row) if token in self._end), len(row))
         return row[: min(end + 1, problem.max_new_tokens)]
-
-
-def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask int64 [rows, T], padded with 0."""
-    width = max(map(len, prompts))
-    ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask
 
 
 def _end_tokens(fast: OptimizedModel, tokenizer: Any) -> frozenset[int]:

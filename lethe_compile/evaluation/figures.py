@@ -161,9 +161,14 @@ def mcnemar(mine: Floats, theirs: Floats) -> float | None:
 def _equal_bytes(
     figures: Sequence[CellFigures], by_cell: dict[str, dict[str, Record]], reference: str, seed: int
 ) -> list[AtEqualBytes]:
-    found = []
-    for cell in (figure for figure in figures if figure.policy == reference):
-        rest = [f for f in figures if f.group == cell.group and f.curve != cell.curve and f.policy != FULL]
+    """Of the first curve of the reference, against the others of its group."""
+    found: list[AtEqualBytes] = []
+    first = next((figure for figure in figures if figure.policy == reference), None)
+    if first is None:
+        return found
+    group = [figure for figure in figures if figure.group == first.group and figure.policy != FULL]
+    for cell in (figure for figure in group if figure.curve == first.curve):
+        rest = [figure for figure in group if figure.curve != first.curve]
         for curve in dict.fromkeys(figure.curve for figure in rest):
             points = sorted((f for f in rest if f.curve == curve), key=lambda figure: figure.kv_mean)
             difference = _interpolated(cell, points, by_cell, seed)

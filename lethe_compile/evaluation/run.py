@@ -21,7 +21,10 @@ from lethe_compile.evaluation.workers import Done, Failed, Job, run_jobs
 
 @dataclass(frozen=True)
 class Progress:
-    """Told after every batch: results of the whole evaluation that are there, and are wanted; what failed just now."""
+    """Told once before work begins, and after every batch: results that are there and that are wanted, in all cells.
+
+    `failed` is what failed just now, `cell` the cell it is about, if any.
+    """
 
     done: int
     wanted: int
@@ -66,17 +69,20 @@ def evaluate(
         progress: hears of every batch.
 
     Raises:
-        InputError: no cells or problems, ids that are not unique, or a folder that holds another run.
+        InputError: no cells or problems, problems of the same id, or a folder that holds another run.
         LetheError: with one process, what the engine raises when it is made.
     """
     _check(cells, problems, processes)
     start = time.monotonic()
     deadline = float("inf") if time_limit is None else start + time_limit
     settings = {cell.id: {**cell.config.to_dict(), "batch": cell.batch} for cell in cells}
+    distinct = list({cell.id: cell for cell in reversed(cells)}.values())[::-1]
     with Journal(folder, facts, settings) as journal:
-        jobs = plan(cells, problems, journal.records)
-        wanted = sum(len(_of(cell, problems)) for cell in cells)
+        jobs = plan(distinct, problems, journal.records)
+        wanted = sum(len(_of(cell, problems)) for cell in distinct)
         failures = []
+        if jobs:
+            progress(Progress(len(_wanted(distinct, problems, journal.records)), wanted, None, ""))
         threads = threads or max(1, torch.get_num_threads() // processes)
         for event in run_jobs(jobs, make, processes, threads, deadline) if jobs else ():
             failed = event if isinstance(event, Failed) else None
@@ -85,8 +91,8 @@ def evaluate(
             if failed is not None:
                 failures.append(failed)
             where = event.job.cell.id if event.job else ""
-            progress(Progress(len(_wanted(cells, problems, journal.records)), wanted, failed, where))
-        records = _wanted(cells, problems, journal.records)
+            progress(Progress(len(_wanted(distinct, problems, journal.records)), wanted, failed, where))
+        records = _wanted(distinct, problems, journal.records)
         timelines = {timeline["cell"]: timeline for timeline in reversed(journal.timelines)}
     figures = summarize(cells, records, seed=seed)
     return Evaluation(figures, timelines, tuple(failures), len(records) == wanted, time.monotonic() - start)
@@ -95,8 +101,10 @@ def evaluate(
 def _check(cells: Sequence[Cell], problems: Sequence[Problem], processes: int) -> None:
     if not cells or not problems:
         raise InputError("nothing to evaluate: there must be a policy and a problem")
-    if len({cell.id for cell in cells}) < len(cells) or len({problem.id for problem in problems}) < len(problems):
-        raise InputError("two cells, or two problems, have the same id: results could not be told apart")
+    if len({problem.id for problem in problems}) < len(problems):
+        raise InputError(
+            "two problems have the same id, so that results could not be told apart: is a task there twice?"
+        )
     if processes < 1:
         raise InputError(f"{processes} processes: at least 1")
 

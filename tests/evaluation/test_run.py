@@ -37,7 +37,7 @@ def test_all_problems_of_all_cells(tmp_path: Path) -> None:
     done = run(tmp_path, progress=heard.append)
     assert done.complete and not done.failures
     assert len(lines(tmp_path)) == len(CELLS) * len(PROBLEMS)
-    assert [one.done for one in heard] == list(range(4, 37, 4)) and heard[-1].wanted == 36
+    assert [one.done for one in heard] == list(range(0, 37, 4)) and heard[-1].wanted == 36
     assert [cell.problems for cell in done.figures.cells] == [12, 12, 12]
     assert set(done.timelines) == {cell.id for cell in CELLS}
 
@@ -56,7 +56,7 @@ def test_a_run_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     heard: list[Progress] = []
     again = run(tmp_path / "cut", progress=heard.append)
     assert again.complete and again.figures == whole
-    assert len(heard) == 7, "two whole batches of four were there"
+    assert len(heard) == 1 + 7, "two whole batches of four were there"
     assert run(tmp_path / "cut", progress=lambda _: pytest.fail("nothing was left to do")).figures == whole
 
 
@@ -101,10 +101,18 @@ def test_the_time_limit_ends_a_run_cleanly(tmp_path: Path) -> None:
     assert run(tmp_path).complete
 
 
-@pytest.mark.parametrize(("cells", "problems"), [([], PROBLEMS), (CELLS, []), (CELLS + CELLS, PROBLEMS)])
+@pytest.mark.parametrize(("cells", "problems"), [([], PROBLEMS), (CELLS, []), (CELLS, PROBLEMS + PROBLEMS)])
 def test_nothing_and_the_same_twice_are_refused(cells: Any, problems: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError):
         evaluate(Make(), cells, problems, tmp_path, FACTS)
+
+
+def test_a_cell_of_two_groups_runs_once(tmp_path: Path) -> None:
+    cells = make_cells(["lethe", {"policy": "lethe", "group": "again", "label": "same"}], budgets=[128], batches=[12])
+    heard: list[Progress] = []
+    done = evaluate(Make(), cells, PROBLEMS, tmp_path, FACTS, progress=heard.append)
+    assert [(cell.curve, cell.problems) for cell in done.figures.cells] == [("lethe", 12), ("same", 12)]
+    assert len(heard) == 1 + 1 and heard[0].wanted == 12 and done.complete
 
 
 def test_worker_processes(tmp_path: Path) -> None:
