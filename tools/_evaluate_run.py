@@ -80,7 +80,8 @@ def run(namespace: argparse.Namespace) -> int:
             progress=progress,
         )  # fmt: skip
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()
     console.print(terminal(done.figures, console.width))
     for path in _write(options, facts, done, cells):
         console.print(str(path), style="dim", markup=False, soft_wrap=True)

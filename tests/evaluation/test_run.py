@@ -81,7 +81,7 @@ def test_other_settings_are_refused_and_more_cells_are_not(tmp_path: Path) -> No
 
 
 def test_two_runs_do_not_write_to_one_directory(tmp_path: Path) -> None:
-    with Journal(tmp_path, FACTS, {}), pytest.raises(InputError, match="another process is writing"):
+    with Journal(tmp_path, FACTS, {}), pytest.raises(InputError, match="another process writes to"):
         run(tmp_path)
 
 
