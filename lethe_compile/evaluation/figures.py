@@ -15,6 +15,7 @@ from lethe_compile.evaluation.journal import Record
 
 RESAMPLES = 5000
 CONFIDENCE = 0.95
+_NEAR = 0.05  # cells of equal caps differ by less in mean bytes
 Floats = NDArray[np.float64]
 
 
@@ -60,7 +61,7 @@ class CellFigures:
 class AtEqualBytes:
     """Score of a cell less that of a curve at the cell's mean bytes, interpolated between its two neighbours there.
 
-    `difference` is None where the curve was not measured on both sides of those bytes.
+    `difference` is None where the curve was not measured on both sides of those bytes, nor within 5% of them.
     """
 
     cell: str
@@ -179,11 +180,14 @@ def _equal_bytes(
 def _interpolated(
     cell: CellFigures, points: Sequence[CellFigures], by_cell: dict[str, dict[str, Record]], seed: int
 ) -> Estimate | None:
-    """Linear in log bytes, problem by problem, so that the bootstrap sees pairs."""
+    """Linear in log bytes, problem by problem, so that the bootstrap sees pairs. An end stands for what is near it."""
+    near = min(points, key=lambda point: abs(np.log(point.kv_mean / cell.kv_mean)))
     below = max((p for p in points if p.kv_mean <= cell.kv_mean), key=lambda p: p.kv_mean, default=None)
     above = min((p for p in points if p.kv_mean >= cell.kv_mean), key=lambda p: p.kv_mean, default=None)
     if below is None or above is None:
-        return None
+        if abs(np.log(near.kv_mean / cell.kv_mean)) > np.log(1 + _NEAR):
+            return None
+        below = above = near
     span = np.log(above.kv_mean) - np.log(below.kv_mean)
     weight = float((np.log(cell.kv_mean) - np.log(below.kv_mean)) / span) if span else 0.0
     mine, low, high = (by_cell[one.id] for one in (cell, below, above))

@@ -56,6 +56,7 @@ class Failed:
 
 
 Event = Done | Failed
+_GRACE = 10.0  # seconds after the deadline for a worker to notice it, which takes one step
 
 
 def run_jobs(jobs: Sequence[Job], make: MakeEngine, processes: int, threads: int, deadline: float) -> Iterator[Event]:
@@ -142,7 +143,11 @@ def _spawned(jobs: Sequence[Job], make: MakeEngine, processes: int, threads: int
                 idle.discard(pipe)
             if len(idle) == len(alive):  # the deadline has passed
                 return
-            for ready in wait([pipe for pipe in alive if pipe not in idle]):
+            patience = max(0.0, deadline + _GRACE - time.monotonic())
+            heard = wait([pipe for pipe in alive if pipe not in idle], None if patience == float("inf") else patience)
+            if not heard:  # still making an engine, or compiling: what it would do is too late
+                return
+            for ready in heard:
                 worker = alive[ready]  # type: ignore[index]
                 event = worker.read()
                 ended = not worker.process.is_alive() or (isinstance(event, Failed) and worker.job is None)

@@ -74,6 +74,13 @@ def test_equal_bytes_interpolates_between_neighbours() -> None:
     assert difference.low < difference.value < difference.high
 
 
+def test_equal_bytes_takes_an_end_that_is_near() -> None:
+    near = [{**one, "kv_mean": one["kv_mean"] * (0.97 / 1.5 if "sum" in one["cell"] else 1)} for one in records()]
+    found = {(one.kv_mean, one.curve): one.difference for one in summarize(CELLS, near).equal_bytes}
+    difference = found[512.0, "sums"]
+    assert difference is not None and difference.value == pytest.approx(38 / 40 - 32 / 40)
+
+
 def test_cells_are_compared_on_what_both_have() -> None:
     some = [one for one in records() if CELLS[0].id != one["cell"] or int(one["problem"][2:]) < 10]
     small = summarize(CELLS, some).cells[1]
