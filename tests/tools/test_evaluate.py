@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from lethe_compile import cli
+from lethe_compile import cli, policies
 from lethe_compile.errors import InputError
+from lethe_compile.evaluation import make_cells
+from lethe_compile.evaluation.cells import check_layers, parse_spec
 from lethe_compile.tools import _evaluate_run, evaluate
 from lethe_compile.tools._tasks import TASKS, make_task
 from lethe_compile.tools._tasks.math_words import grade_math
@@ -230,7 +232,11 @@ def test_the_sweeps_that_ship_can_be_read(name: str, tmp_path: Path) -> None:
     line = ["--sweep", str(ROOT / "tools/sweeps" / name), "--out", str(tmp_path), "--device", "cpu"]
     options = _evaluate_run.read_options(evaluate.parser().parse_args(line))
     assert options.model == "reasoner" and all(task.partition(":")[0] in TASKS for task in options.tasks)
-    assert all(isinstance(entry, str) or "policy" in entry for entry in options.policies)
+    entries = [{"policy": entry} if isinstance(entry, str) else entry for entry in options.policies]
+    known = [entry for entry in entries if parse_spec(entry["policy"])[0] in policies._registry]
+    cells = make_cells(known, options.budgets, options.batches, options.pack)
+    check_layers(cells, 6)
+    assert cells[0].is_full and {cell.curve for cell in cells} >= {"full", "lethe"}
 
 
 @pytest.mark.slow
