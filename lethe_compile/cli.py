@@ -27,6 +27,7 @@ COMMANDS = {
     "demo": Command("demo", "watch the bundled reasoner generate with a full and with a pruned cache"),
     "inspect": Command("inspect_graph", "show what the compiler finds in a model, rewrites, and refuses"),
     "bench": Command("bench", "measure kernels, decode steps, generations and memory, side by side with others"),
+    "evaluate": Command("evaluate", "compare policies on tasks: accuracy against KV bytes, with intervals"),
     "train-reasoner": Command("train_reasoner", "train the bundled reasoner from scratch"),
 }
 

@@ -31,6 +31,10 @@ class KeepSets:
         """[sequences * heads] of what is said of sequences, on the host."""
         return np.repeat(values.astype(np.int64), self.heads)
 
+    def one(self, values: NDArray[Any]) -> Counts:
+        """[sequences] of values [sequences * heads] that are the same for all heads."""
+        return values[:: self.heads].astype(np.int64)
+
     def spread(self, values: Tensor) -> Tensor:
         """[sequences * heads, …] of what is said of sequences ``[sequences, …]``, where it lies; waits for nothing."""
         return values if self.heads == 1 else values.repeat_interleave(self.heads, dim=0)

@@ -17,16 +17,19 @@ from lethe_compile.config import LetheConfig
 from lethe_compile.errors import ConfigError, InputError, OutOfPagesError
 from lethe_compile.executor import DecodeGraph, Executor
 from lethe_compile.keep_sets import KeepSets
+from lethe_compile.kernels.ops import hoyer_sparsity
 from lethe_compile.ledger import Counts, Ledger
 from lethe_compile.memory import allowance, available_bytes
 from lethe_compile.observation import fill_observed
 from lethe_compile.passes.base import PassRecord
+from lethe_compile.passes.insert_attention import set_score
 from lethe_compile.passes.program import Program
 from lethe_compile.past import Past
 from lethe_compile.policies import make_policy
 from lethe_compile.policies.base import NEVER, Policy, RoundState
 from lethe_compile.policies.full import FullPolicy
 from lethe_compile.prompt import check_ids
+from lethe_compile.recorder import Recorder, Sample
 from lethe_compile.report import CacheStats, Report
 from lethe_compile.restart import Text, text_of
 from lethe_compile.states import States
@@ -62,6 +65,7 @@ class OptimizedModel(nn.Module):
         states: what layers other than attention carry along, of the same generation.
         kv_memory: most bytes of the cache, or fraction of what is free; see `optimize`. Holds from the next generation.
         on_round: callables that get a `Round` for each layer a round changed.
+        recorder: listens to every round while there is one; see `recorded`.
         hf_config: the original's transformers config, where it has one.
         give_way: ends the session of `as_hf()` that holds the cache; None while another generation does, or none.
         vocab_size, max_positions: limits on inputs; `max_positions` is None where the model has none.
@@ -85,30 +89,57 @@ class OptimizedModel(nn.Module):
         self._dtype: torch.dtype = program.sites[0].node.meta["val"].dtype
         self._device: torch.device = program.input_ids.meta["val"].device
         self.backend = backend
-        self._executor = Executor(program, compiled=backend[0] != "eager")
+        self._program, self._executor = program, Executor(program, compiled=backend[0] != "eager")
         self._graphs: dict[int, DecodeGraph] = {}  # by rows
         self.graph_module, self.sites, self.caches = program.module, program.sites, program.caches
         self.stateful, self._content = program.stateful, program.content
         self.stateful_modules = nn.ModuleList(call.module for call in program.stateful)
-        config = replace(config, prune_interval=config.interval_on(self._device.type))
-        self.config = config
         self._keep_sets = KeepSets([site.keep_sets for site in program.caches])
-        self.policy = make_policy(config)
         self.vocab_size, self.max_positions = vocab_size, max_positions
         self.generation_config, self.hf_config = generation_config, hf_config
         self.kv_memory: int | float | None = None
         self._allowed_by: int | float | None = None  # the `kv_memory` behind `cache.max_bytes`
         self.restart_at: int | None = None
         self.on_round: list[Callable[[Round], None]] = []
+        self.recorder: Recorder | None = None
         self.give_way: Callable[[], object] | None = None
         self._records = records
-        self.page_size = config.page_size_on(self._device.type)
         tokens = [geometry.bytes_per_token(self._dtype) for geometry in self._geometries()]
-        self._page_bytes = np.array(tokens, np.int64)[:, None] * self.page_size  # [layers, 1]
-        self.cache, self.states = self._new_cache(), States(self.stateful, self._device)
+        self._token_bytes = np.array(tokens, np.int64)[:, None]  # [layers, 1]
+        self.states = States(self.stateful, self._device)
         self._generating, self._rows = False, 0
-        self._begin_policy(0)
+        self._configure(config)
+
+    def _configure(self, config: LetheConfig) -> None:
+        config = replace(config, prune_interval=config.interval_on(self._device.type))
+        self.config, self.policy = config, make_policy(config)
+        self._scored = self.policy.decay is not None
+        self.page_size = config.page_size_on(self._device.type)
+        self.cache = self._new_cache()
+        self._rows = 0
+        self._begin(self.policy, 0)
         self._reset(torch.zeros(0, dtype=torch.int64))
+
+    def reconfigure(self, config: LetheConfig) -> None:
+        """Prune by another policy, or with other settings, from the next generation on; nothing is captured anew.
+
+        What a score gathers and how it decays is part of the graph, and is changed there; CUDA graphs are recorded
+        again by the next generation.
+
+        Raises:
+            ConfigError: an unknown policy, or settings that this model cannot serve.
+            InputError: a generation is under way.
+        """
+        if self.give_way is not None:
+            self.give_way()
+        if self._generating:
+            raise InputError("this model is generating: end that before another configuration")
+        rule = make_policy(config)
+        self._check_heads(rule)
+        self._begin(rule, 0)
+        set_score(self._program, rule.decay, rule.peak)
+        self._graphs.clear()
+        self._configure(config)
 
     @property
     def device(self) -> torch.device:
@@ -121,6 +152,10 @@ class OptimizedModel(nn.Module):
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
+        self._check_heads(policy)
+        self._policy = policy
+
+    def _check_heads(self, policy: Policy) -> None:
         several = [site.layer for site in self.caches if site.kv_heads > 1]
         if several and policy.per_head != (self._keep_sets.heads > 1):
             kinds = ["keeps the same tokens for all KV heads of a layer", "keeps other tokens for each KV head"]
@@ -128,7 +163,6 @@ class OptimizedModel(nn.Module):
                 f"policy {policy.name!r} {kinds[policy.per_head]}, and this model was compiled for one that"
                 f" {kinds[not policy.per_head]} (layers {several} have several): optimize the model again with it"
             )
-        self._policy = policy
 
     # ------------------------------------------------------------------------------------------------- whole sequences
 
@@ -215,12 +249,12 @@ class OptimizedModel(nn.Module):
             raise InputError(f"{rows} sequences do not fit: {error}") from error
         self.states.begin(len(prompt_lengths))
         self._generating = True
-        self._begin_policy(cache_rows)
+        self._begin(self.policy, cache_rows)
         self._reset(prompt_lengths, new_tokens)
 
-    def _begin_policy(self, rows: int) -> None:
+    def _begin(self, policy: Policy, rows: int) -> None:
         whole = [Geometry(site.kv_heads, *site.geometry[1:]) for site in self.caches]
-        self.policy.begin(len(self.caches), rows, [one.bytes_per_token(self._dtype) for one in whole])
+        policy.begin(len(self.caches), rows, [one.bytes_per_token(self._dtype) for one in whole])
 
     def _bucket(self, rows: int) -> int:
         """Sequences that the cache is made for: captured graphs serve a few sizes, and what is over stays empty."""
@@ -267,7 +301,7 @@ class OptimizedModel(nn.Module):
         self._new_tokens = new_tokens
         cache_rows = rows * self._keep_sets.heads
         self._live = np.zeros(cache_rows, np.int64)  # 1 for a row that may take part in the next steps
-        self._ledger = Ledger(len(self.caches), cache_rows)
+        self._ledger = Ledger(len(self.caches), cache_rows, self.recorder)
         self._text: Text | None = None
         self._until_round = self._furthest = 0
         self._cleared_at = -1  # steps before a round at which masses are cleared
@@ -395,7 +429,7 @@ class OptimizedModel(nn.Module):
         tokens = self._host(filled)
         self.cache.end()
         self.states.begin(self._sequences)
-        self._begin_policy(self.cache.rows)
+        self._begin(self.policy, self.cache.rows)
         logits = self._fill(ids, lengths, tokens, whole=False)
         self._next_position += filled > 0
         self._text = None
@@ -450,6 +484,16 @@ class OptimizedModel(nn.Module):
         finally:
             self._policy = pruning
 
+    @contextmanager
+    def recorded(self, *, sparsity: bool = True) -> Iterator[Recorder]:
+        """Generations inside this context are followed round by round; the recorder tells of the latest."""
+        before = self.recorder
+        self.recorder = Recorder(self._token_bytes, self.page_size, self._keep_sets, sparsity)
+        try:
+            yield self.recorder
+        finally:
+            self.recorder = before
+
     # ---------------------------------------------------------------------------------------------------------- rounds
 
     def _round(self, active: Tensor) -> None:
@@ -458,8 +502,12 @@ class OptimizedModel(nn.Module):
         Waits for the device once, behind the compaction; more often only where pages run out.
         """
         held = self.cache.pages_held()
+        sparsity = self._sparsity() if self.recorder is not None and self.recorder.sparsity else None
         before, seen, on = self._evict(active)
         self._ledger.read(seen, before, held)
+        if self.recorder is not None:
+            measured = None if sparsity is None else sparsity.double().cpu().numpy()
+            self.recorder.round(Sample(self._ledger.decoded, on > 0, before, self.cache.lengths.copy(), measured))
         self._live = on
         self.cache.free_rows(np.flatnonzero((on == 0) & self.cache.pages_held().any(0)).tolist())
         self._until_round = self.config.interval
@@ -490,6 +538,13 @@ class OptimizedModel(nn.Module):
         after = self.cache.lengths
         self._ledger.evicted(before - after, self.cache.pages_for(before) - self.cache.pages_for(after))
         return [before, sets.repeat(seen), sets.repeat(on)]
+
+    def _sparsity(self) -> Tensor | None:
+        """[layers, rows] Hoyer sparsity of the scores as they are; None where the graph keeps none."""
+        if not self._scored:
+            return None
+        mass, _, length = self.cache.scores()
+        return hoyer_sparsity(mass.flatten(0, 1), length.flatten()).view_as(length)
 
     def _tell(self, state: RoundState, keep: Tensor) -> None:
         lost = (keep.sum(2) < state.length).any(1).tolist()
@@ -564,6 +619,7 @@ class OptimizedModel(nn.Module):
             self._observe()
         ledger, sets, rows = self._ledger, self._keep_sets, self._rows
         thresholds, sparsity = self.policy.thresholds.cpu().numpy(), self.policy.sparsity.cpu().numpy()
+        page_bytes = self._token_bytes * self.page_size
         return CacheStats(
             seen=ledger.seen[:: sets.heads][:rows].tolist(),
             retained=sets.mean(ledger.retained, rows),
@@ -571,8 +627,8 @@ class OptimizedModel(nn.Module):
             rounds=sets.mean(ledger.rounds, rows),
             threshold=sets.mean(thresholds, rows, thresholds < NEVER, NEVER),
             sparsity=sets.mean(sparsity, rows, ~np.isnan(sparsity), np.nan),
-            bytes_held=sets.total(ledger.held * self._page_bytes, rows),
-            bytes_freed=sets.total(ledger.freed * self._page_bytes, rows),
+            bytes_held=sets.total(ledger.held * page_bytes, rows),
+            bytes_freed=sets.total(ledger.freed * page_bytes, rows),
             timeline=ledger.timeline,
             bytes_peak=self.cache.bytes_peak,
             bytes_mean=self.cache.bytes_mean,

@@ -106,6 +106,15 @@ def _split(program: Program, sites: Sequence[Site]) -> list[Site]:
     return [replace(site, keep_sets=site.kv_heads) for site in sites]
 
 
+def set_score(program: Program, decay: float | None, peak: bool) -> None:
+    """Change what the cached attentions of a finished program keep as scores; `decay`, `peak` as `InsertAttention`."""
+    names = [argument.name for argument in CACHED_OP._schema.arguments]
+    for node in program.graph.find_nodes(op="call_function", target=CACHED_OP):
+        for name, value in (("decay", decay), ("peak", peak)):
+            node.update_arg(names.index(name), value)
+    program.module.recompile()
+
+
 def _refuse_token_matrices(program: Program) -> None:
     tokens = shape_of(program.input_ids)[1]
     for node in program.graph.nodes:

@@ -19,6 +19,7 @@ from lethe_compile.api import optimize
 from lethe_compile.config import LetheConfig
 from lethe_compile.errors import InputError
 from lethe_compile.models import reasoner
+from lethe_compile.prompt import left_padded
 from lethe_compile.report import CacheStats
 from lethe_compile.runtime import OptimizedModel
 from lethe_compile.tools import _models, _policies
@@ -109,7 +110,7 @@ def _problems(options: argparse.Namespace) -> list[reasoner.Problems]:
 
 def _run(fast: OptimizedModel, problems: Sequence[reasoner.Problems], label: str) -> tuple[Outcome, CacheStats]:
     """Solve all problems in one batch, greedily."""
-    ids, mask = _batch(problems)
+    ids, mask = left_padded([p.prompt(row) for p in problems for row in range(len(p))])
     width = ids.shape[1]
     longest = max(int(p.trace_lengths.max()) for p in problems)
     Console(stderr=True).print(f"[dim]{label}[/dim]")
@@ -123,17 +124,6 @@ def _run(fast: OptimizedModel, problems: Sequence[reasoner.Problems], label: str
     retained = [sum(layer) / len(layer) for layer in stats.retained_mean]
     outcome = Outcome(solved, tokens, stats.bytes_mean, stats.bytes_peak, tokens / seconds, seconds, retained)
     return outcome, stats
-
-
-def _batch(problems: Sequence[reasoner.Problems]) -> tuple[Tensor, Tensor]:
-    """All prompts left-padded: ids and attention mask [rows, T]."""
-    prompts = [p.prompt(row) for p in problems for row in range(len(p))]
-    width = max(map(len, prompts))
-    ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask
 
 
 def _split(rows: Tensor, problems: Sequence[reasoner.Problems]) -> tuple[Tensor, ...]:

@@ -119,6 +119,11 @@ class Policy(ABC):
         return None
 
     @property
+    def couples_rows(self) -> bool:
+        """Whether what a row keeps depends on the other rows of its batch. Then results depend on the batch too."""
+        return False
+
+    @property
     def thresholds(self) -> Tensor:
         """[L, R] int64: retained tokens from which on a layer is considered for pruning; `NEVER` if it is not."""
         return self._thresholds

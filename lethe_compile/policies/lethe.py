@@ -73,6 +73,10 @@ class LethePolicy(BudgetedPolicy):
     def peak(self) -> bool:
         return self.config.score == "peak"
 
+    @property
+    def couples_rows(self) -> bool:
+        return self.config.paper_literal
+
     def begin(self, num_layers: int, rows: int, token_bytes: Sequence[int] | None = None) -> None:
         super().begin(num_layers, rows, token_bytes)
         if self.options.breakpoint:
