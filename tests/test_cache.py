@@ -593,6 +593,13 @@ def test_tokens_from_elsewhere_are_packed_in_order(contiguous: bool) -> None:
                 pages = state[f"{name}_{layer}"][state["page_table"][layer, row].long()]  # [pages, heads, page, size]
                 packed = pages.transpose(0, 1).flatten(1, 2)[:, :held]
                 assert torch.equal(packed, tensor[row][:, real])
+            keys = cache.keys(layer)[row]  # [N, heads, k_dim]
+            assert torch.equal(keys[:held], given[layer][0][row][:, real].transpose(0, 1))
+            assert not keys[held:].any(), "whatever a page holds behind the last token"
+    state["slot_mass_0"].fill_(2.0)
+    state["slot_mass_1"].fill_(3.0)
+    cache.clear_mass()
+    assert not cache.scores()[0].any()
     with pytest.raises(InputError, match="fewer were reserved"):
         cache.load(0, torch.zeros(3, 2, 4, 3), torch.zeros(3, 2, 4, 5), torch.arange(4).expand(3, 4))
 
