@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from itertools import product
 from typing import Any
 
@@ -16,6 +17,7 @@ from lethe_compile.policies import make_policy
 FULL = "full"
 _FIELDS = [field.name for field in fields(LetheConfig)]
 _OPTIONS = "policy_options"  # where a policy's own settings go
+_ANY_CAP = 1024  # of a policy that is made only to see its options: some refuse to be made without
 _WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -125,17 +127,22 @@ def parse_budget(value: int | float | str) -> dict[str, Any]:
 
 
 def make_config(policy: str, settings: Mapping[str, Any]) -> LetheConfig:
-    """A `LetheConfig`; settings that are not its own go to the policy's options, where policies have such.
+    """A `LetheConfig`; settings that are not its own are the policy's options.
 
     Raises:
         ConfigError: an unknown policy or setting, or a value that is not allowed.
     """
     own = {key: value for key, value in settings.items() if key in _FIELDS}
     rest = {key: value for key, value in settings.items() if key not in _FIELDS}
-    if rest and _OPTIONS in _FIELDS:
+    options = type(make_policy(LetheConfig(policy=policy, max_tokens=_ANY_CAP))).Options
+    known = [*_FIELDS, *(field.name for field in fields(options))]
+    for key in rest:
+        if key not in known:
+            nearest = get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{key!r} is no setting of policy {policy!r}; the nearest is {nearest!r}")
+    if rest:
         own[_OPTIONS] = {**own.get(_OPTIONS, {}), **rest}
-        rest = {}
-    config = LetheConfig.from_dict({"policy": policy, **own, **rest})
+    config = LetheConfig.from_dict({"policy": policy, **own})
     make_policy(config)
     return config
 
