@@ -86,6 +86,11 @@ class LetheConfig:
     sequence wastes half a page in each layer; 64 elsewhere, where a kernel's block of keys is then one stretch of
     memory."""
 
+    cache_latent: bool = True
+    """Cache the latent that keys and values of multi-head latent attention (MLA: DeepSeek V2 and V3, Kimi, MiniCPM3)
+    are made of, where that takes fewer bytes than they do by more than it adds to attention's arithmetic: 576 numbers a
+    token and layer in DeepSeek V3 instead of 40,960. Prompts take longer: see `passes.cache_latent`."""
+
     def __post_init__(self) -> None:
         for name, rule in _RULES.items():
             value = getattr(self, name)
@@ -184,6 +189,7 @@ _RULES: Mapping[str, _Rule] = {
     "budget": _optional(_integer(1)),
     "paper_literal": _BOOL,
     "protect_prompt": _BOOL,
+    "cache_latent": _BOOL,
     "page_size": _optional(
         _Rule("a power of two in 1..256", lambda v: _is_int(v) and 1 <= v <= 256 and v & (v - 1) == 0)
     ),

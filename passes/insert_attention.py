@@ -41,6 +41,8 @@ class InsertAttention:
     ``attention_site(q, k, v, None, sinks, None, scale, softcap, window, layer)``  =>
     ``attention(q, k, v, k_pages, v_pages, slot_position, slot_mass, page_table, length, positions, new_lengths, …)``
 
+    Where values are channels of the keys, as `CacheLatent` makes them, there are no `v_pages`: None.
+
     ``columns_site(x, seen, layer, offset)``  =>  ``columns(x, k_pages, …, seen, …)``, x cached behind the key
     ``visible_site(ids, seen, …)``  =>  ``visible(slot_position, …, seen, …)``
 
@@ -123,7 +125,8 @@ def _add_inputs(program: Program) -> dict[str, fx.Node]:
     for site in program.sites:
         pool = (_PAGES, site.kv_heads, _PAGE)
         shapes[f"k_pages_{site.cache_group}"] = ((*pool, site.k_dim + site.columns), dtype)
-        shapes[f"v_pages_{site.cache_group}"] = ((*pool, site.v_dim), dtype)
+        if not site.latent:
+            shapes[f"v_pages_{site.cache_group}"] = ((*pool, site.v_dim), dtype)
         shapes[f"slot_position_{site.cache_group}"] = ((_PAGES, _PAGE), torch.int32)
         shapes[f"slot_mass_{site.cache_group}"] = ((_PAGES, _PAGE), torch.float32)
     shapes["page_table"] = ((layers, rows, _MAX_PAGES), torch.int32)
@@ -194,7 +197,7 @@ def _insert(
     assert site.mask is not None
     mask, slopes = site.mask, _slopes(program, site)
     group = site.cache_group
-    pool = [state[f"{name}_{group}"] for name in ("k_pages", "v_pages", "slot_position", "slot_mass")]
+    pool = [state.get(f"{name}_{group}") for name in ("k_pages", "v_pages", "slot_position", "slot_mass")]
     tables = [state["page_table"], state["length"], program.placeholder("positions"), state["new_lengths"]]
     bands = (site.scale, mask.window, mask.chunked, site.softcap, site.cache)
     options: tuple[Any, ...] = (sinks, slopes, *bands, *score, site.shares, *([bias] if site.content else []))
