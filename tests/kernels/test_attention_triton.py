@@ -42,6 +42,7 @@ class Heads:
     kv: int
     k_dim: int
     v_dim: int
+    in_keys: bool = False  # a value is the first v_dim channels of its key, and not stored again
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Case:
 
     operands: tuple[Tensor, Tensor, Tensor]
     state: list[Tensor]  # k_pages, v_pages, slot_position, slot_mass
+    in_keys: bool
     table: Tensor
     length: Tensor
     positions: Tensor
@@ -67,7 +69,8 @@ class Case:
         after = replace(self, state=state, length=self.length.clone())
         learned = {name: getattr(self, name) if options.get(name) else None for name in ("sinks", "slopes")}
         options = {**options, **learned, "scale": 0.3}
-        tensors = [*map(cast, self.operands), *state, self.table, after.length, self.positions, self.new]
+        pools = [state[0], None if self.in_keys else state[1], *state[2:]]
+        tensors = [*map(cast, self.operands), *pools, self.table, after.length, self.positions, self.new]
         return kernel(*tensors, **options), after
 
     def slots(self, row: int, begin: int = 0) -> tuple[Tensor, Tensor]:
@@ -105,11 +108,14 @@ def case(heads: Heads, page: int, lengths: list[int], new: list[int], dtype: tor
         torch.randn(rows, heads.kv, tokens, heads.k_dim).to(dtype) * 2,
         torch.randn(rows, tokens, heads.kv, heads.v_dim).to(dtype).transpose(1, 2),  # strided, as a model's are
     )
+    if heads.in_keys:
+        operands = (*operands[:2], operands[1][..., : heads.v_dim])
     per_head = torch.randn(heads.query), torch.rand(heads.query) * 0.2
-    whole = Case(operands, state, table, length, positions, torch.tensor(new, dtype=torch.int32), *per_head)
+    whole = Case(operands, state, heads.in_keys, table, length, positions, torch.tensor(new, dtype=torch.int32), *per_head)
     for name, value in vars(whole).items():
-        moved = value.to(device) if isinstance(value, Tensor) else type(value)(one.to(device) for one in value)
-        setattr(whole, name, moved)
+        if not isinstance(value, bool):
+            moved = value.to(device) if isinstance(value, Tensor) else type(value)(one.to(device) for one in value)
+            setattr(whole, name, moved)
     return whole
 
 
@@ -131,13 +137,14 @@ def assert_agrees(kernel: Callable[..., Tensor], given: Case, options: dict[str,
     assert got.length.tolist() == want.length.tolist()
     for row in range(len(given.length)):
         at = want.slots(row)
-        for index in (0, 1):
+        for index in (0,) if given.in_keys else (0, 1):
             assert torch.equal(got.state[index][at[0], :, at[1]].double(), want.state[index][at[0], :, at[1]])
         assert torch.equal(got.state[2][at], want.state[2][at])
         if options.get("decay") is not None and len(at[0]):
             assert error(got.state[MASS][at], want.state[MASS][at]) < TOLERANCE[dtype]
 
 
+LATENT = [Heads(6, 1, 24, 16, True), Heads(10, 2, 40, 40, True), Heads(5, 1, 20, 9, True)]
 SHAPES = [Heads(4, 2, 16, 16), Heads(6, 2, 24, 40), Heads(7, 1, 16, 8)]
 
 
@@ -178,6 +185,30 @@ def test_decode_of_halves_loaded_in_bulk() -> None:
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize(("heads", "page", "options"), zip(LATENT, (4, 16, 64), ("windowed", "sum", "alibi"), strict=True))
+def test_values_in_keys(heads: Heads, page: int, options: str) -> None:
+    assert_agrees(decode.attention, case(heads, page, [19, 0, 35], [1, 1, 0], torch.float32), OPTIONS[options])
+    assert_agrees(prefill.attention, case(heads, page, [0, 9, 20], [20, 0, 7], torch.float32), OPTIONS[options])
+
+
+@pytest.mark.interpreted
+def test_values_in_keys_in_half_precision() -> None:
+    assert_agrees(decode.attention, case(LATENT[0], 16, [20, 5], [1, 0], torch.bfloat16), OPTIONS["peak"])
+    assert_agrees(prefill.attention, case(LATENT[0], 16, [0, 9], [12, 0], torch.bfloat16), OPTIONS["sum"])
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("in_keys", [True, False])
+def test_query_heads_in_tiles(in_keys: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as a program holds, here 16: 40 heads over one KV head, and over two."""
+    monkeypatch.setattr(decode, "_SUMS", 16)
+    for kv, options in ((1, "windowed"), (2, "sum")):
+        assert decode._tiles(40 // kv, 16, 4) == (4 if kv == 1 else 2)
+        given = case(Heads(40, kv, 24, 16, in_keys), 16, [20, 0, 50], [1, 1, 1], torch.float32)
+        assert_agrees(decode.attention, given, OPTIONS[options])
+
+
+@pytest.mark.interpreted
 def test_decode_of_rows_that_share_programs() -> None:
     """More items than programs, and items that several programs share."""
     assert_agrees(decode.attention, case(SHAPES[0], 16, [3] * 9, [1] * 9, torch.float32), OPTIONS["peak"])
@@ -214,6 +245,30 @@ def test_gpu_decode(heads: Heads, dtype: torch.dtype) -> None:
 def test_gpu_prefill(heads: Heads, dtype: torch.dtype) -> None:
     for page, options in zip((16, 64, 64, 256, 16, 64, 32, 64), OPTIONS.values(), strict=True):
         assert_agrees(prefill.attention, case(heads, page, [0, 300, 77], [333, 0, 128], dtype, "cuda"), options)
+
+
+MLA = [Heads(128, 1, 576, 512, True), Heads(16, 1, 576, 512, True), Heads(40, 1, 288, 256, True)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", MLA, ids=str)
+def test_gpu_latent(heads: Heads, dtype: torch.dtype) -> None:
+    """The shapes of DeepSeek V3, DeepSeek V2 Lite and MiniCPM3."""
+    for page, options in zip((16, 64, 64, 256, 16, 64, 32, 64), OPTIONS.values(), strict=True):
+        given = case(heads, page, [1500, 0, 3, 640, 64], [1, 1, 0, 1, 1], dtype, "cuda")
+        assert_agrees(decode.attention, given, options)
+        assert_agrees(prefill.attention, case(heads, page, [0, 300, 77], [333, 0, 128], dtype, "cuda"), options)
+
+
+@pytest.mark.gpu
+def test_gpu_latent_bits_repeat() -> None:
+    given = case(MLA[0], 64, [5000, 17, 900], [1, 1, 1], torch.bfloat16, "cuda")
+    runs = [given.run(decode.attention, {"decay": 0.9, "peak": True}) for _ in range(10)]
+    for out, after in runs[1:]:
+        assert torch.equal(out, runs[0][0])
+        for row in range(3):
+            assert torch.equal(after.state[MASS][after.slots(row)], runs[0][1].state[MASS][after.slots(row)])
 
 
 @pytest.mark.gpu
