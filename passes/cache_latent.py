@@ -66,9 +66,11 @@ class CacheLatent:
 
     def _check(self, latent: _Latent, site: Site) -> None:
         work = (latent.width + latent.v_width) / (site.k_dim + site.v_dim)
-        figures = f"a latent has {latent.width} numbers a token, they have {site.numbers}"
+        figures = f"what they are made of has {latent.width} numbers a token, they have {site.numbers}"
         if latent.width * work >= site.numbers:
-            raise NotLinear(f"{figures}, and attention would take {work:.1f} times the arithmetic", latent.width)
+            widest = max(latent.sources, key=lambda source: source.width)
+            grown = f"attention would take {work:.1f} times the arithmetic"
+            raise NotLinear(f"{figures}, and {grown} ({widest.width} are of '{widest.node.name}')", latent.width)
         if not self.enabled:
             raise NotLinear(f"{figures}, and cache_latent is off", latent.width)
 

@@ -97,11 +97,10 @@ class Linears:
         width = sum(source.width for source in sources)
         device = self._program.device
         unit = torch.eye(width + 1, width, dtype=torch.float64, device=device)  # and, last, zero
-        images = self._run(node, sources, unit[None])[0]  # [heads, width + 1, dim]
-        constant, images = images[:, -1], images[:, :-1]
-        if constant.any():
+        images = self._run(node, sources, unit[:, None])[:, :, 0]  # [width + 1, heads, dim]
+        if images[-1].any():
             raise NotLinear(f"'{node.name}' has a constant term, as a bias gives", width)
-        matrix: Tensor = images.transpose(1, 2)
+        matrix: Tensor = images[:-1].permute(1, 2, 0)
         generator = torch.Generator().manual_seed(0)
         sample = torch.randn(2, 3, width, dtype=torch.float64, generator=generator).to(device)
         actual, expected = self._run(node, sources, sample), torch.einsum("hdw,btw->bhtd", matrix, sample)
