@@ -189,7 +189,9 @@ class Linears:
                 elif is_call(operand, *SHAPE_ONLY) and isinstance(operand.meta["val"], Tensor):
                     bound[operand] = flat.new_zeros(self._sizes(operand, rows, tokens))
         given = torch.zeros(rows, tokens, dtype=torch.int64, device=flat.device)
-        value: Tensor = evaluate(self._program.module, node, {str(p.target): given for p in self._program.placeholders()}, bound=bound)
+        value: Tensor = evaluate(
+            self._program.module, node, {str(p.target): given for p in self._program.placeholders()}, bound=bound
+        )
         return value
 
     def _value(self, constant: fx.Node) -> Tensor:

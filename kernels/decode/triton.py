@@ -419,7 +419,12 @@ def attention(
     if scored and not interpreted and not torch.cuda.is_current_stream_capturing():
         set_aside(device)
     exact = query.dtype == torch.float32
-    bulk = tune.bulk and not in_keys and page % block == 0 and (interpreted or torch.cuda.get_device_capability(device)[0] >= 9)
+    bulk = (
+        tune.bulk
+        and not in_keys
+        and page % block == 0
+        and (interpreted or torch.cuda.get_device_capability(device)[0] >= 9)
+    )
     float32 = partial(torch.empty, dtype=torch.float32, device=device)
     out = torch.empty(rows, heads, 1, v_dim, dtype=query.dtype, device=device)
     slots = items * capacity if scored else 0
