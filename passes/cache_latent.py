@@ -143,8 +143,8 @@ class _Rewriter:
         result.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(result)
         self._graph.erase_node(node)
-        sizes = {"kv_heads": 1, "k_dim": latent.width, "v_dim": latent.v_width}
-        return replace(site, node=out, **sizes, latent=True, alternative=site.numbers)
+        cached = replace(site, node=out, kv_heads=1, k_dim=latent.width, v_dim=latent.v_width, latent=True)
+        return replace(cached, alternative=site.numbers)
 
     def _query(self, site: Site, latent: _Latent, query: fx.Node, key: fx.Node) -> fx.Node:
         """[B, H, T, width]: what of the query meets each source, through the map to the keys or as it is."""

@@ -1,4 +1,4 @@
-"""Which tensors of each token a node is a linear map of, and that map: found by walking the graph, proved by running it.
+"""Which tensors of each token a node is a linear map of, and that map: found by walking back, proved by running.
 
 The walk goes back through calls that arrange numbers, products with constants, and sums, and settles on the narrowest
 tensors that determine the node. What the calls mean is not read from them: unit vectors are passed through.
@@ -159,7 +159,7 @@ class Linears:
         """Numbers a token; infinite for what is not one tensor of each token."""
         if self._token_dim(node) is None:
             return inf
-        return prod(size for size in shape_of(node) if not is_symbolic(size))
+        return float(prod(int(size) for size in shape_of(node) if not is_symbolic(size)))
 
     def _way(self, node: fx.Node, ends: Iterable[fx.Node]) -> list[fx.Node]:
         """The calls between `ends` and `node`, `node` first."""

@@ -41,8 +41,8 @@ def attention(
     Args:
         query: ``[rows, heads, T, k_dim]``, rotated already where the model rotates.
         key, value: ``[rows, kv_heads, T, k_dim | v_dim]``, the new tokens.
-        k_pages, v_pages: ``[pages, kv_heads, page, k_dim | v_dim]``, written. `v_pages` None: a value is the first v_dim
-            numbers of its key, `value` those of `key`, and is not stored again.
+        k_pages, v_pages: ``[pages, kv_heads, page, k_dim | v_dim]``, written. `v_pages` None: a value is the first
+            v_dim numbers of its key, `value` those of `key`, and is not stored again.
         slot_position, slot_mass: ``[pages, page]`` int32 and float32, written.
         page_table: ``[rows, max_pages]`` int32, this layer's; must hold pages for ``length + new_lengths`` tokens.
         length: ``[rows]`` int32, this layer's retained tokens; advanced by ``new_lengths``.

@@ -368,11 +368,11 @@ def _rows(pages: Tensor, block: int) -> TensorDescriptor:
 
 def _padded(size: int) -> int:
     """The block that holds it: a power of two, and no less than a product takes."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 def _tiles(group: int, v_dim: int, itemsize: int) -> int:
-    """Tiles that query heads of one KV head are shared out in, so that a program's sums [heads, v_dim] fit registers."""
+    """Tiles of the query heads of one KV head: as few as let a program hold its sums [heads, v_dim] in registers."""
     most = max(16, (_SUMS if itemsize == 2 else _SUMS // 4) // _padded(v_dim))
     return next(tiles for tiles in range(1, group + 1) if group % tiles == 0 and group // tiles <= most)
 
