@@ -119,20 +119,24 @@ class Pool:
     def adopt(self, plan: Plan) -> int:
         """Copy the pages whose place changes and switch to the layout; returns the most bytes held at any time.
 
-        Tensors are replaced one by one: only one of them exists twice at a time.
+        Tensors are replaced one by one: only one of them exists twice at a time, and none where no page is held.
         """
         peak = self.bytes
         if not self.runs and not plan.fresh:  # ids stay
             self.layout = plan.layout
             return peak
-        source, target = moves(self.layout, plan.layout)
-        if plan.fresh:
+        if plan.fresh and not self.layout.used:
+            self._replace(plan.layout.capacity)
+            peak = max(peak, self.bytes)
+        elif plan.fresh:
+            source, target = moves(self.layout, plan.layout)
             for name, old in self.tensors.items():
                 new = self._allocate(name, plan.layout.capacity)
                 peak = max(peak, self.bytes + new.untyped_storage().nbytes())
                 self._copy(old, source, new, target)
                 self.tensors[name] = new
         else:
+            source, target = moves(self.layout, plan.layout)
             moved = source != target
             for tensor in self.tensors.values():
                 self._copy(tensor, source[moved], tensor, target[moved])
@@ -167,6 +171,19 @@ class Pool:
     def truncate(self, count: Counts) -> None:
         """Give back all but the first `count` [sequences] pages of each sequence."""
         self.layout = self.layout.truncate(count)
+
+    def _replace(self, pages: int) -> None:
+        """Tensors of `pages` pages in place of those of an empty pool, which go first and come back if memory fails."""
+        for size in (pages, self.layout.capacity):
+            self.tensors = {name: self._allocate(name, 0) for name in self._specs}
+            try:
+                self.tensors = {name: self._allocate(name, size) for name in self._specs}
+            except torch.OutOfMemoryError as error:
+                reason = str(error)  # and not the error itself, which holds what was allocated before it
+            else:
+                break
+        if size != pages:
+            raise torch.OutOfMemoryError(reason)
 
     def _allocate(self, name: str, pages: int) -> Tensor:
         shape, dtype = self._specs[name]

@@ -37,9 +37,9 @@ class FuseProjections:
                 biased = argument(node, 2, "bias") is not None
                 groups.setdefault((node.args[0], biased), []).append(node)
         notes = []
-        for (source, _), nodes in groups.items():
+        for nodes in groups.values():
             for at in range(0, len(nodes), _MOST):
-                notes.append(_fuse(program, source, nodes[at : at + _MOST]))
+                notes.append(_fuse(program, nodes[at : at + _MOST]))
         program.module.recompile()
         return PassResult(program, tuple(notes))
 
@@ -57,8 +57,9 @@ def _fusable(node: fx.Node) -> bool:
     return len(kinds) == 1
 
 
-def _fuse(program: Program, source: fx.Node, nodes: list[fx.Node]) -> Note:
+def _fuse(program: Program, nodes: list[fx.Node]) -> Note:
     graph = program.graph
+    source: Any = nodes[0].args[0]  # asked for now: it may be a map that was fused before
     weights = [n.args[1] for n in nodes]
     biases = [argument(n, 2, "bias") for n in nodes if argument(n, 2, "bias") is not None]
     # All before the first of them: weights are get_attr nodes, which stand at the head of the graph.

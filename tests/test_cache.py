@@ -494,6 +494,33 @@ def test_a_failed_allocation_leaves_a_paged_cache_as_it_was(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
+def test_an_empty_pool_gives_its_memory_back_before_it_grows(contiguous: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shadow = Shadow([WIDE], contiguous=contiguous)
+    shadow.begin(1, hint=100)
+    small, allocate = shadow.cache.pool_bytes, pool.Pool._allocate
+    held: list[int] = []
+
+    def watch(self: pool.Pool, name: str, pages: int) -> Tensor:
+        held.append(self.bytes)
+        if pages > limit:
+            raise torch.OutOfMemoryError("no memory")
+        return allocate(self, name, pages)
+
+    monkeypatch.setattr(pool.Pool, "_allocate", watch)
+    limit = 1_000
+    shadow.begin(1, hint=400)
+    grown = shadow.cache.pool_bytes
+    assert grown > small and max(held[len(held) // 2 :]) == 0
+    limit = shadow.cache.inputs()["k_pages_0"].shape[0]
+    shadow.begin(1, hint=4_000)  # a wish: denied, it is no error
+    assert shadow.cache.pool_bytes == grown  # what there was has come back
+    shadow.begin(1)
+    assert shadow.reserve([300])
+    shadow.step([300])
+    shadow.check()
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
 def test_the_generation_changes_with_the_tensors_and_only_then(contiguous: bool) -> None:
     shadow = Shadow([WIDE, NARROW], contiguous=contiguous)
     shadow.begin(2)

@@ -31,8 +31,14 @@ REFUSED: dict[str, str] = {
 }
 
 
-def assert_verdict(name: str) -> None:
-    verdict = check(name)
+ON_GPU = (  # what the other GPU tests lack: biases, chunks, sinks, masks by content, states, MLA, maps of maps
+    *("bloom", "llama4_text", "gpt_oss", "deepseek_v32", "glm_moe_dsa", "doge", "qwen3_next", "jamba", "deepseek_v3"),
+    *("diffllama", "gptj", "lfm2", "electra", "zamba2"),
+)
+
+
+def assert_verdict(name: str, device: str = "cpu") -> None:
+    verdict = check(name, device)
     if name in REFUSED:
         assert verdict.outcome == "refused" and REFUSED[name] in verdict.reason, verdict
     else:
@@ -42,6 +48,17 @@ def assert_verdict(name: str) -> None:
 @pytest.mark.parametrize("name", ALWAYS)
 def test_architecture(name: str) -> None:
     assert_verdict(name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+def test_architecture_on_a_gpu(name: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32 would drown what is compared
+    try:
+        assert_verdict(name, "cuda")
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.matrix
@@ -121,7 +138,7 @@ def test_the_matrix_as_table_json_and_markdown(
         "llama": Verdict("llama", layers=3, found_by="interface", masks="causal", features="GQA", seconds=2.0),
         "gpt2": Verdict("gpt2", "refused", "its | reason", seconds=1.0),
     }
-    monkeypatch.setattr(_matrix, "check", verdicts.__getitem__)
+    monkeypatch.setattr(_matrix, "check", lambda name, device: verdicts[name])
     files = tmp_path / "m.json", tmp_path / "m.md"
     arguments = ["--matrix", "llama", "gpt2", "--json", str(files[0]), "--markdown", str(files[1])]
     assert inspect_graph.main(arguments) == 0

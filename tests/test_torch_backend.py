@@ -182,7 +182,7 @@ def test_generate_compiles_its_own_steps(name: str, steps: int) -> None:
 
 def assert_pruned_as_the_oracle(model: Any, static: dict[str, Any]) -> list[Any]:
     """Generate, prune, and replay every row on the original; returns the layers of generate's static cache."""
-    ids, mask = prompts()
+    ids, mask = (tensor.to(model.device) for tensor in prompts())
     generate(model, ids, mask, 60, **static)  # so that there is a model to watch
     fast, recorder, before = torch_backend.optimized(model), Recorder(), graphs()
     fast.on_round.append(recorder)
@@ -227,6 +227,23 @@ def storage(layer: Any) -> int:
 def test_steps_that_generate_compiles_are_pruned() -> None:
     assert_pruned_as_the_oracle(shared("gpt2"), by_generate(PRUNED))
     assert graphs() == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_gpu_generates_with_a_compiled_forward(name: str) -> None:
+    """On a GPU, generate compiles its own steps as well."""
+    torch.set_float32_matmul_precision("highest")
+    model = model_of(name).cuda()
+    ids, mask = (tensor.cuda() for tensor in prompts())
+    expected = generate(model, ids, mask, 20)
+    with forward_compiled(model, UNPRUNED) as static:
+        assert torch.equal(generate(model, ids, mask, 20, **static), expected)
+    torch._dynamo.reset()
+    with forward_compiled(model, PRUNED) as static:
+        assert_pruned_as_the_oracle(model, static)
+    torch._dynamo.reset()
+    assert torch.equal(generate(model, ids, mask, 20, **by_generate(UNPRUNED)), expected)
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ class Bench:
     bandwidth: Row = field(default_factory=dict)  # bytes/s, see `_bench_kernels.bandwidth`
     deadline: float = float("inf")  # of time.monotonic
     say: Callable[[str], None] = lambda text: None  # progress, for whoever watches
+    keep: Callable[[list[Row]], None] = lambda rows: None  # rows of this section so far, in case it does not end
 
     @property
     def seconds_left(self) -> float:

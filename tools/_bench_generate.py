@@ -25,11 +25,16 @@ def run(bench: Bench) -> list[Row]:
     name, batch = options.shapes[0], max(options.batches)
     facts = {"shape": name, "batch": batch, "prompt": sessions.PROMPT, "new_tokens": options.new_tokens}
     subject = load(name, bench.device, options.layers)
-    rows = [bench.row({**facts, "contestant": DYNAMIC}, partial(_dynamic, bench, subject, batch))]
-    release()
-    rows.append(bench.row({**facts, "contestant": FULL}, partial(_ours, bench, subject, batch, pruned=False)))
-    release()
-    rows.append(bench.row({**facts, "contestant": LETHE}, partial(_ours, bench, subject, batch, pruned=True)))
+    work = {
+        DYNAMIC: partial(_dynamic, bench, subject, batch),
+        FULL: partial(_ours, bench, subject, batch, pruned=False),
+        LETHE: partial(_ours, bench, subject, batch, pruned=True),
+    }
+    rows: list[Row] = []
+    for contestant, measure_one in work.items():
+        rows.append(bench.row({**facts, "contestant": contestant}, measure_one))
+        bench.keep(rows)
+        release()
     return rows
 
 

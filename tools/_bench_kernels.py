@@ -79,6 +79,7 @@ def run(bench: Bench, shapes: tuple[Decode, ...] | None = None) -> list[Row]:
     rows: list[Row] = []
     for shape in shapes or (QUICK if bench.options.quick else SHAPES):
         rows += _side_by_side(bench, shape)
+        bench.keep(rows)
         release()
     return rows
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,7 +41,7 @@ def run(bench: Bench) -> list[Row]:
     """Rows of every shape, batch, length and contestant."""
     rows: list[Row] = []
     for name in bench.options.shapes:
-        rows += _shape(bench, name, bench.options.max_tokens)
+        rows += _shape(bench, name, bench.options.max_tokens, rows)
         release()
     return rows
 
@@ -59,7 +59,8 @@ def lethe_config(bench: Bench, max_tokens: int) -> LetheConfig:
     return LetheConfig(max_tokens=max_tokens, page_size=page)
 
 
-def _shape(bench: Bench, name: str, max_tokens: int) -> list[Row]:
+def _shape(bench: Bench, name: str, max_tokens: int, before: Sequence[Row] = ()) -> list[Row]:
+    """Rows of one shape; `before` them come those of other shapes, and what is complete is kept as it comes."""
     cases = [(batch, length) for batch in bench.options.batches for length in bench.options.lengths]
     bench.say(f"steps: {name}, optimize")
     torch.compiler.reset()  # what was compiled for the shape before is given back
@@ -76,6 +77,7 @@ def _shape(bench: Bench, name: str, max_tokens: int) -> list[Row]:
     for batch, length in cases:
         bench.say(f"steps: {name}, {batch} × {length}")
         rows += _case(bench, subject, fast, batch, length)
+        bench.keep([*before, *rows])
         release()
     return rows
 

@@ -23,19 +23,23 @@ _COLUMNS = ("architecture", "layers", "found by", "masks", "features", "verdict"
 _STYLES = {"pass": "green", "refused": "yellow", "fail": "red"}
 
 
-def run(names: Sequence[str], json_file: Path | None, markdown: Path | None) -> int:
+def run(names: Sequence[str], json_file: Path | None, markdown: Path | None, device: str = "cpu") -> int:
     """Check the named architectures, all without names; files are written after each, so that none is lost.
 
     Returns 1 if one of them fails: a refusal with its reason is no failure.
     """
     if unknown := [name for name in names if name not in ARCHITECTURES]:
         raise InputError(f"no architecture is called {', '.join(unknown)}; there are {', '.join(ARCHITECTURES)}")
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--device cuda needs a CUDA GPU, and torch sees none")
+        torch.set_float32_matmul_precision("highest")  # TF32 would drown what is compared
     verdicts: list[Verdict] = []
     for name in (bar := tqdm(names or ARCHITECTURES, unit=" architectures")):
         bar.set_postfix_str(name)
-        verdicts.append(check(name))
+        verdicts.append(check(name, device))
         if json_file is not None:
-            json_file.write_text(json.dumps(to_dict(verdicts), indent=1) + "\n")
+            json_file.write_text(json.dumps(to_dict(verdicts, device), indent=1) + "\n")
         if markdown is not None:
             markdown.write_text(to_markdown(verdicts))
     Console().print(_table(verdicts))
@@ -43,12 +47,13 @@ def run(names: Sequence[str], json_file: Path | None, markdown: Path | None) -> 
     return int(any(v.outcome == "fail" for v in verdicts))
 
 
-def to_dict(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def to_dict(verdicts: Sequence[Verdict], device: str) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": "lethe inspect --matrix",
         **versions,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "threads": torch.get_num_threads(),
         "verdicts": [v.to_dict() for v in verdicts],
     }

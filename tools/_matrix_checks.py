@@ -52,11 +52,14 @@ class _Failed(Exception):
     pass
 
 
-def check(name: str) -> Verdict:
-    """Optimize the tiny `name` and run every check; never raises for what the model or the compiler does."""
+def check(name: str, device: str = "cpu") -> Verdict:
+    """Optimize the tiny `name` and run every check; never raises for what the model or the compiler does.
+
+    On a GPU the graph runs node by node: compiled, it would show the same kernels, a minute later.
+    """
     verdict, start = Verdict(name), time.perf_counter()
     try:
-        _check(name, verdict)
+        _check(name, device, verdict)
     except UnsupportedGraphError as refusal:
         verdict.outcome, verdict.reason = "refused", refusal.reason
     except _Failed as failure:
@@ -67,9 +70,9 @@ def check(name: str) -> Verdict:
     return verdict
 
 
-def _check(name: str, verdict: Verdict) -> None:
-    model = build(name)
-    fast = optimize(model, _PRUNING)
+def _check(name: str, device: str, verdict: Verdict) -> None:
+    model = build(name).to(device)
+    fast = optimize(model, _PRUNING, backend="auto" if device == "cpu" else "eager")
     _describe(fast, verdict)
     run = _Original(model)
     with _FirstOfEquals() if name in TIES else nullcontext():
@@ -106,19 +109,20 @@ class _FirstOfEquals(TorchDispatchMode):
 
 
 class _Original:
-    """The model as a function of ids alone, without a cache: ``[rows, T] -> [rows, T, vocab]``."""
+    """The model as a function of ids alone, without a cache: ``[rows, T] -> [rows, T, vocab]``, both on the host."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        ids = ids.to(self.model.device)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         try:
             out = self.model(ids, position_ids=positions, use_cache=False)
         except TypeError:  # a few take no positions, or have no cache
             out = self.model(ids)
-        logits: Tensor = out.logits
+        logits: Tensor = out.logits.cpu()
         return logits
 
 
@@ -141,7 +145,7 @@ def _logits(run: _Original, fast: OptimizedModel, rows: int) -> float:
     errors = []
     for length in LENGTHS:
         ids, mask = _ids(rows, length), _ragged(rows, length)
-        logits = fast(ids, attention_mask=mask)
+        logits = fast(ids.to(fast.device), attention_mask=mask.to(fast.device)).cpu()
         errors += [_error(logits[row, real], run(ids[row : row + 1, real])[0]) for row, real in enumerate(mask.bool())]
     return max(errors)
 
@@ -149,16 +153,17 @@ def _logits(run: _Original, fast: OptimizedModel, rows: int) -> float:
 def _stepwise(run: _Original, fast: OptimizedModel) -> float:
     """A prefill of ragged prompts and the decode steps after it, against whole sequences."""
     prompts = torch.tensor([1, 6, 8])
-    ids = _ids(3, int(prompts.max()) + _STEPPED)
+    ids, device = _ids(3, int(prompts.max()) + _STEPPED), fast.device
     expected = torch.cat([run(ids[row : row + 1]) for row in range(3)])
     errors, every = [], torch.arange(3)
+    active = torch.ones(3, dtype=torch.bool, device=device)
     with fast.unpruned():
-        fast.begin(3, prompts)
+        fast.begin(3, prompts.to(device))
         try:
-            logits = fast.prefill(ids[:, : int(prompts.max())], prompts)
+            logits = fast.prefill(ids[:, : int(prompts.max())].to(device), prompts.to(device))
             for step in range(_STEPPED):
-                errors.append(_error(logits, expected[every, prompts + step - 1]))
-                logits = fast.decode(ids[every, prompts + step], torch.ones(3, dtype=torch.bool))
+                errors.append(_error(logits.cpu(), expected[every, prompts + step - 1]))
+                logits = fast.decode(ids[every, prompts + step].to(device), active)
         finally:
             fast.end()
     return max(errors)
@@ -166,7 +171,7 @@ def _stepwise(run: _Original, fast: OptimizedModel) -> float:
 
 def _tokens(model: Any, name: str, fast: OptimizedModel) -> None:
     """Greedy tokens of one prompt and of three ragged ones; where padding moves the original, each row's alone."""
-    ids, mask = _ids(3, _PROMPT), _ragged(3, _PROMPT)
+    ids, mask = _ids(3, _PROMPT).to(fast.device), _ragged(3, _PROMPT).to(fast.device)
     options: dict[str, Any] = {"max_new_tokens": _NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     made = fast.generate(ids, attention_mask=mask, **options)[:, _PROMPT:].tolist()
     options["use_cache"] = name not in NO_CACHE
@@ -186,13 +191,13 @@ def _oracle(run: _Original, fast: OptimizedModel) -> float:
     """Generate with eviction, and replay every row on the original with what was evicted hidden."""
     evictions = Evictions()
     fast.on_round.append(evictions)
-    ids, mask = _ids(3, _PROMPT, seed=1), _ragged(3, _PROMPT)
+    ids, mask = _ids(3, _PROMPT, seed=1).to(fast.device), _ragged(3, _PROMPT).to(fast.device)
     options: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
     options |= {"max_new_tokens": _PRUNED, "eos_token_id": None, "pad_token_id": 0}
     out = fast.generate(ids, attention_mask=mask, **options)
     if min(map(min, fast.cache_stats().rounds)) < 2:
         raise _Failed("a layer or row was not pruned twice")
-    logits = torch.stack(out.logits, dim=1)
+    logits = torch.stack(out.logits, dim=1).cpu()
     errors = []
     for row, prompt in enumerate(mask.sum(1).tolist()):
         sequence = out.sequences[row : row + 1, _PROMPT - prompt : -1]

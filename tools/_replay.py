@@ -43,7 +43,7 @@ def replay(run: Callable[[Tensor], Tensor], ids: Tensor, evictions: Evictions, r
     def hide(index: int, scores: Tensor) -> Tensor:
         hidden = evictions.hidden(index, row, tokens)
         padded = torch.nn.functional.pad(hidden, (0, scores.shape[-1] - tokens))
-        return scores.masked_fill(padded, float("-inf"))
+        return scores.masked_fill(padded.to(scores.device), float("-inf"))
 
     with AttentionHook(tokens, hide):
         return run(ids)[0]

@@ -42,7 +42,7 @@ FORMAT = 1  # of the JSON
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and write JSON after every section, so that nothing measured is lost."""
+    """Measure, print, and write JSON as rows come, so that nothing measured is lost."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     namespace = _parser().parse_args(arguments)
     if namespace.compile_child is not None:
@@ -61,9 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         bench = Bench(options, device, _bandwidth(result, device, console), deadline, _progress)
         before = result["sections"].get(name, {"rows": []})
-        result["sections"][name] = _section(name, bench, result["machine"])
-        if name == "steps":
-            _keep_other_shapes(result["sections"][name], before)
+
+        def enter(outcome: Row, name: str = name, before: Row = before) -> None:
+            if name == "steps":
+                _keep_other_shapes(outcome, before)
+            result["sections"][name] = outcome
+
+        def keep(rows: list[Row], enter: Callable[[Row], None] = enter) -> None:
+            enter({"rows": list(rows), "error": "cut short: the run ended within this section"})
+            _write(options, result)
+
+        bench.keep = keep
+        enter(_section(name, bench, result["machine"]))
         _print_section(console, name, result["sections"][name])
         _write(options, result)
     _finish(result, options, console)
@@ -90,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--layers", type=_positive, metavar="N", help="override the shapes' layers: to try a command line")
     add("--quick", action="store_true", help="fewer shapes, lengths and repeats, where not given")
     add("--time-limit", type=float, metavar="SECONDS", help="what has not begun by then is listed as not run")
-    add("--json", type=Path, metavar="FILE", help="write all figures, after each section")
+    add("--json", type=Path, metavar="FILE", help="write all figures, as they come")
     add("--update", action="store_true", help="keep the sections, and shapes of steps, that only FILE has")
     add("--compile-child", metavar="SHAPE", help=argparse.SUPPRESS)
     return parser

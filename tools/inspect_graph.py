@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.matrix:
         from lethe_compile.tools import _matrix
 
-        return _matrix.run(options.model, options.json, options.markdown)
+        return _matrix.run(options.model, options.json, options.markdown, options.device)
     if len(options.model) != 1:
         raise InputError(f"name one model, not {len(options.model)}, or all architectures with --matrix")
     config = LetheConfig()
@@ -65,6 +65,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--matrix", action="store_true", help="check tiny models of the architectures named, or of all, in transformers"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the matrix runs (default cpu)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the matrix as Markdown")
     parser.add_argument("--print-after", metavar="PASS", help="print the graph as it is after this pass")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")

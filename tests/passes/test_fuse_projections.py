@@ -46,6 +46,29 @@ def test_maps_of_one_input_are_fused_with_equal_numbers() -> None:
     torch.testing.assert_close(program.module(ids), model(ids))
 
 
+class Chained(nn.Module):
+    """A map of low rank: the second reads what the first wrote, and nothing lies between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.down, self.up = nn.Embedding(11, 8), nn.Linear(8, 2), nn.Linear(2, 11)
+        self.beside = nn.Linear(8, 11)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        result: Tensor = self.up(self.down(x)) + self.beside(x)
+        return result
+
+
+def test_a_map_of_a_map() -> None:
+    torch.manual_seed(0)
+    model = Chained().eval()
+    program, result = fused(model)
+    assert [note.text for note in result.matches] == ["2 linear maps", "1 linear maps"]
+    ids = torch.randint(11, (3, 5))
+    torch.testing.assert_close(program.module(ids), model(ids))
+
+
 def test_a_computed_weight_is_left_alone() -> None:
     program, _ = fused(Projections().eval())
     left = [n for n in program.graph.nodes if is_call(n, torch.ops.aten.linear)]

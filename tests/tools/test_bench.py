@@ -319,6 +319,26 @@ def test_a_section_that_breaks_leaves_the_others(
     assert json.loads(file.read_text())["sections"]["cpu"]["error"] == "RuntimeError: device lost"
 
 
+def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever ends the run within a section, what was measured is in the file, and what another run left as well."""
+    file, other = tmp_path / "bench.json", {"shape": "other", "ms": 1.0}
+
+    def interrupted(bench: Bench) -> list[Row]:
+        bench.keep([{"shape": "a", "ms": 2.0}])
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(bench.SECTIONS, "steps", interrupted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "machine", lambda: {"gpu": "none", "cpu": "none", "threads": 1})
+    monkeypatch.setattr(bench, "_headline", lambda facts: "")
+    monkeypatch.setattr(bench, "_bandwidth", lambda *_: {})
+    file.write_text(json.dumps({"format": bench.FORMAT, "sections": {"steps": {"rows": [other]}}}))
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["--only", "steps", "--update", "--json", str(file)])
+    steps = json.loads(file.read_text())["sections"]["steps"]
+    assert steps["rows"] == [other, {"shape": "a", "ms": 2.0}] and "cut short" in steps["error"]
+
+
 def test_defaults_and_quick() -> None:
     usual, quick = (bench._options(bench._parser().parse_args(line)) for line in ([], ["--quick"]))
     assert usual.only == tuple(bench.SECTIONS) and usual.new_tokens == 24576 and usual.batches == (1, 16)
