@@ -37,7 +37,11 @@ class CacheLatent:
 
     Conditions: values come from fewer numbers a token than they have; the maps have no constant term; and the cache
     shrinks by a larger factor than the arithmetic of attention grows, from ``Dk + Dv`` to ``n + m + n`` for each head
-    and key: 71 against 3.4 in DeepSeek V3. Decode steps, which read the cache for each new token, gain by the first.
+    and key: 71 against 3.4 in DeepSeek V3. Decode steps, which read the cache for each new token, gain by the first; a
+    long prompt, bound by arithmetic, loses by the second. Measured with 16 heads of DeepSeek V3's sizes, one layer, one
+    row, one CPU core: after 4,096 tokens a step takes 10.3 ms instead of 16.0, at 9.6 MiB instead of 85.0; that prompt
+    takes 5.4 s instead of 3.0. To expand for prompts alone is not done: the op would need queries in both forms, and
+    what a pruned cache retains would be expanded anew for each prompt that goes on from it.
     """
 
     enabled: bool = True

@@ -27,6 +27,7 @@ REFUSED: dict[str, list[Any]] = {
     "budget": [0, -1, 4096.0, True, "4096"],
     "paper_literal": [0, 1, "yes", None],
     "protect_prompt": [0, 1, "no", None],
+    "cache_latent": [0, 1, "no", None],
     "page_size": [0, 3, 12, 512, -16, 16.0, True],
 }
 
@@ -44,6 +45,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "budget": [None, 1, 10**12],
     "paper_literal": [True, False],
     "protect_prompt": [True, False],
+    "cache_latent": [True, False],
     "page_size": [1, 2, 16, 256, None],
 }
 
