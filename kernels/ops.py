@@ -68,7 +68,7 @@ def _attention(
     key: Tensor,
     value: Tensor,
     k_pages: Tensor,
-    v_pages: Tensor,
+    v_pages: Tensor | None,
     slot_position: Tensor,
     slot_mass: Tensor,
     page_table: Tensor,
@@ -319,7 +319,7 @@ def hoyer_sparsity(mass: Tensor, length: Tensor) -> Tensor:
 
 def compact(
     k_pages: Tensor,
-    v_pages: Tensor,
+    v_pages: Tensor | None,
     slot_position: Tensor,
     slot_mass: Tensor,
     page_table: Tensor,

@@ -184,7 +184,8 @@ class KVCache:
         offset = slot % self.page_size
         tensors = self._pools[self.pool_of_layer[layer]].tensors
         tensors["k_pages"][page, :, offset] = keys[row, :, column]
-        tensors["v_pages"][page, :, offset] = values[row, :, column]
+        if "v_pages" in tensors:
+            tensors["v_pages"][page, :, offset] = values[row, :, column]
         tensors["slot_position"][page, offset] = position[row, column].int()
         tensors["slot_mass"][page, offset] = 0.0
         self.length[layer, rows] = count.int()

@@ -125,6 +125,11 @@ class LetheConfig(Settings):
     sequence wastes half a page in each layer; 64 elsewhere, where a kernel's block of keys is then one stretch of
     memory."""
 
+    cache_latent: bool = setting(True, BOOL)
+    """Cache the latent that keys and values of multi-head latent attention (MLA: DeepSeek V2 and V3, Kimi, MiniCPM3)
+    are made of, where that takes fewer bytes than they do by more than it adds to attention's arithmetic: 576 numbers a
+    token and layer in DeepSeek V3 instead of 40,960. Prompts take longer: see `passes.cache_latent`."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "policy_options", dict(self.policy_options))  # the caller's own may change

@@ -65,7 +65,9 @@ class LayerReport:
     pool: int
     cache_of: int  # the layer whose cache it attends to: itself, or an earlier one
     keep_sets: int  # sets of retained tokens of one sequence: 1, or one for each KV head
+    cached: str  # "keys and values", or the "latent" that they are made of
     bytes_per_token: int
+    bytes_otherwise: int | None  # of the other of these two, where the layer has both
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class Report(_Printable):
             dims = str(layer.k_dim) if layer.k_dim == layer.v_dim else f"{layer.k_dim}/{layer.v_dim}"
             heads = f"{layer.heads}/{layer.kv_heads}"  # query heads over KV heads
             shared = layer.cache_of != layer.layer
-            size = f"layer {layer.cache_of}'s" if shared else f"{layer.bytes_per_token:,}"
+            size = f"layer {layer.cache_of}'s" if shared else f"{layer.bytes_per_token:,}{_instead_of(layer)}"
             table.add_row(str(layer.layer), layer.name, layer.found_by, heads, dims, _mask_words(layer), size)
         return table
 
@@ -248,9 +250,19 @@ def _mask_words(layer: LayerReport) -> str:
     return f"{layer.mask}{window}{content}{softcap}{', sinks' if layer.sinks else ''}"
 
 
+def _instead_of(layer: LayerReport) -> str:
+    """What a layer that could cache its latent does, and what the other form would have taken."""
+    if layer.bytes_otherwise is None:
+        return ""
+    other = "expanded" if layer.cached == "latent" else "latent"
+    return f" {'latent' if layer.cached == 'latent' else 'expanded'}, {other} {layer.bytes_otherwise:,}"
+
+
 def _layer(site: Site, cache_of: int, dtype: torch.dtype) -> LayerReport:
     assert site.mask is not None, "a site is only inserted once its mask is proved"
     size = 0 if site.shares else site.keep_sets * Geometry(*site.geometry).bytes_per_token(dtype)
+    beside = site.kv_heads * site.columns  # what masks read is cached with either
+    otherwise = None if site.alternative is None else (site.alternative + beside) * dtype.itemsize
     return LayerReport(
         layer=site.layer,
         name=site.name,
@@ -268,7 +280,9 @@ def _layer(site: Site, cache_of: int, dtype: torch.dtype) -> LayerReport:
         pool=site.cache_group,
         cache_of=cache_of,
         keep_sets=site.keep_sets,
+        cached="latent" if site.latent else "keys and values",
         bytes_per_token=size,
+        bytes_otherwise=otherwise,
     )
 
 

@@ -349,7 +349,7 @@ class OptimizedModel(nn.Module):
         interval of steps, which will have told.
 
         Raises:
-            InputError: masks read more of earlier tokens than a past holds.
+            InputError: masks read more of earlier tokens than a past holds, or layers cache something else.
         """
         self._check_past()
         self.begin(len(past.lengths), past.lengths)
@@ -373,7 +373,7 @@ class OptimizedModel(nn.Module):
         """Logits ``[R, T, vocab_size]`` of tokens ``[R, T]`` after a past; a generation under way is untouched.
 
         Raises:
-            InputError: masks read more of earlier tokens than a past holds.
+            InputError: masks read more of earlier tokens than a past holds, or layers cache something else.
         """
         self._check_past()
         cache, states = self._new_cache(), States(self.stateful, self._device)
@@ -387,6 +387,11 @@ class OptimizedModel(nn.Module):
         return self._run(cache, states, input_ids, positions, torch.full_like(past.lengths, tokens), furthest)
 
     def _check_past(self) -> None:
+        if latent := [site.layer for site in self.sites if site.latent]:
+            raise InputError(
+                f"layers {latent} cache the latent of their keys and values, and a cache from elsewhere holds these:"
+                " generate from the prompt, or optimize with LetheConfig(cache_latent=False)"
+            )
         layers = [site.layer for site in self.sites if site.columns]
         if layers:
             raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lethe_compile.passes.base import Pass
+from lethe_compile.passes.cache_latent import CacheLatent
 from lethe_compile.passes.classify_masks import ClassifyMasks
 from lethe_compile.passes.content_masks import ContentMasks
 from lethe_compile.passes.fold_repeat_kv import FoldRepeatKV
@@ -22,13 +23,14 @@ def pipeline(
     per_head: bool = False,
     fuse: bool = False,
     own_cache: bool = False,
+    latent: bool = True,
 ) -> tuple[Pass, ...]:
     """Every pass from a captured graph to one that attends over the cache.
 
     `decay`, `peak` and `per_head` are those of `InsertAttention`.
 
     `own_cache` is for a decode step that carries a cache, `Program.step`. `fuse` adds what only pays where memory
-    bandwidth is the limit: a GPU.
+    bandwidth is the limit: a GPU. `latent` lets layers cache what their keys and values are made of, as `CacheLatent`.
     """
     first: tuple[Pass, ...] = (LocateCache(),) if own_cache else ()
     fusions: tuple[Pass, ...] = (FuseProjections(),) if fuse else ()
@@ -37,6 +39,7 @@ def pipeline(
         Normalize(),
         LocateAttention(),
         FoldRepeatKV(),
+        CacheLatent(latent),
         ContentMasks(),
         ClassifyMasks(),
         RewritePositions(),

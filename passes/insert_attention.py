@@ -44,6 +44,8 @@ class InsertAttention:
     ``attention_site(q, k, v, None, sinks, None, scale, softcap, window, layer)``  =>
     ``attention(q, k, v, k_pages, v_pages, slot_position, slot_mass, page_table, length, positions, new_lengths, …)``
 
+    Where values are channels of the keys, as `CacheLatent` makes them, there are no `v_pages`: None.
+
     ``columns_site(x, seen, layer, offset)``  =>  ``columns(x, k_pages, …, seen, …)``, x cached behind the key
     ``visible_site(ids, seen, …)``  =>  ``visible(slot_position, …, seen, …)``
 
@@ -154,9 +156,10 @@ def _add_inputs(program: Program, keep_sets: int) -> dict[str, fx.Node]:
     dtype = program.sites[0].node.meta["val"].dtype
     shapes: dict[str, tuple[tuple[Any, ...], torch.dtype]] = {"new_lengths": ((rows,), torch.int32)}
     for site in program.sites:
-        kv_heads, k_dim, v_dim = site.geometry
+        kv_heads, k_dim, v_dim, in_keys = site.geometry
         shapes[f"k_pages_{site.cache_group}"] = ((_PAGES, kv_heads, _PAGE, k_dim), dtype)
-        shapes[f"v_pages_{site.cache_group}"] = ((_PAGES, kv_heads, _PAGE, v_dim), dtype)
+        if not in_keys:
+            shapes[f"v_pages_{site.cache_group}"] = ((_PAGES, kv_heads, _PAGE, v_dim), dtype)
         shapes[f"slot_position_{site.cache_group}"] = ((_PAGES, _PAGE), torch.int32)
         shapes[f"slot_mass_{site.cache_group}"] = ((_PAGES, _PAGE), torch.float32)
     shapes["page_table"] = ((layers, rows * keep_sets, _MAX_PAGES), torch.int32)
@@ -230,7 +233,7 @@ def _insert(
     value, sinks, bias = (cast("fx.Node | None", site.node.args[place]) for place in (2, 4, 5))
     assert site.mask is not None and value is not None
     mask, slopes = site.mask, _slopes(program, site)
-    pool = [state[f"{name}_{site.cache_group}"] for name in ("k_pages", "v_pages", "slot_position", "slot_mass")]
+    pool = [state.get(f"{name}_{site.cache_group}") for name in ("k_pages", "v_pages", "slot_position", "slot_mass")]
     positions, new_lengths = state["positions"], state["new_lengths"]
     bands = (site.scale, mask.window, mask.chunked, site.softcap, site.cache)
     with program.graph.inserting_before(site.node):

@@ -28,6 +28,7 @@ REFUSED: dict[str, list[Any]] = {
     "budget": [0, -1, 4096.0, 0.0, -0.5, math.nan, True, "4096", "0B", "64 mib", "MiB", "-1MiB", "0.1B"],
     "paper_literal": [0, 1, "yes", None],
     "protect_prompt": [0, 1, "no", None],
+    "cache_latent": [0, 1, "no", None],
     "page_size": [0, 3, 12, 512, -16, 16.0, True],
 }
 
@@ -46,6 +47,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "budget": [None, 1, 10**12, 0.125, 1.0, "64MiB", "1.5 GB", "800kB", "7B"],
     "paper_literal": [True, False],
     "protect_prompt": [True, False],
+    "cache_latent": [True, False],
     "page_size": [1, 2, 16, 256, None],
 }
 

@@ -1,7 +1,7 @@
 """Whole generations on a GPU: identity without pruning, the eviction oracle with it, ends of rows, repeatability.
 
 On a CPU the same bodies run under ``-m slow``. Compiling a model for CUDA graphs takes most of a minute, and what it
-adds is the same for all: three architectures go that way, the others run the same kernels node by node.
+adds is the same for all: four architectures go that way, the others run the same kernels node by node.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests import per_head
 from tests.oracle import PRUNING, assert_original_agrees
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
-GRAPHED = ("llama", "gemma2", "gemma3n_text")
+GRAPHED = ("llama", "gemma2", "gemma3n_text", "deepseek_v3")  # the last caches latents
 
 
 def backend(name: str) -> str:
@@ -44,7 +44,7 @@ def ragged(rows: int, tokens: int, device: torch.device) -> dict[str, Tensor]:
     return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "gpt2", "gemma3n_text"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "gpt2", "gemma3n_text", "deepseek_v3"])
 def test_tokens_are_those_of_transformers(name: str, device: torch.device) -> None:
     model = tiny(name).to(device)
     fast = lethe.optimize(model, lethe.LetheConfig(policy="full"), backend=backend(name))
@@ -57,7 +57,7 @@ def test_tokens_are_those_of_transformers(name: str, device: torch.device) -> No
 
 
 @pytest.mark.parametrize("pruning", PRUNING)
-@pytest.mark.parametrize("name", [*CONFIGS, "gemma3n_text", "plain"])
+@pytest.mark.parametrize("name", [*CONFIGS, "gemma3n_text", "deepseek_v3", "plain"])
 def test_pruned_logits_match_the_oracle(name: str, pruning: str, device: torch.device) -> None:
     model: Any = (plain() if name == "plain" else tiny(name)).to(device)
     choice = backend(name) if pruning == "lethe" else "eager"

@@ -40,8 +40,7 @@ def page_ids(table, block, length, n, PAGE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def scores(
-    q,
-    k,
+    s,
     position,
     now,
     slope,
@@ -50,10 +49,9 @@ def scores(
     WINDOW: tl.constexpr,
     CHUNKED: tl.constexpr,
     SLOPES: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
-    """Scores [M, BLOCK] in base 2 of q [M, K] against k [K, BLOCK] of cached slots, `position` pointing to theirs."""
-    s = dot(q, k, UPCAST) * SCALE
+    """Scores [M, BLOCK] in base 2 of products [M, BLOCK] with cached keys; `position` points to their positions."""
+    s = s * SCALE
     if SOFTCAP is not None:
         s = tanh(s / SOFTCAP) * (SOFTCAP * LOG2E)
     if SLOPES or WINDOW is not None:

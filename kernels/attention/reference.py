@@ -14,7 +14,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     k_pages: Tensor,
-    v_pages: Tensor,
+    v_pages: Tensor | None,
     slot_position: Tensor,
     slot_mass: Tensor,
     page_table: Tensor,
@@ -41,7 +41,8 @@ def attention(
     Args:
         query: ``[rows, heads, T, k_dim]``, rotated already where the model rotates.
         key, value: ``[rows, kv_heads, T, k_dim | v_dim]``, the new tokens.
-        k_pages, v_pages: ``[pages, kv_heads, page, k_dim | v_dim]``, written.
+        k_pages, v_pages: ``[pages, kv_heads, page, k_dim | v_dim]``, written. `v_pages` None: a value is the first
+            v_dim numbers of its key, `value` those of `key`, and is not stored again.
         slot_position, slot_mass: ``[pages, page]`` int32 and float32, written.
         page_table: ``[rows, max_pages]`` int32, this layer's; must hold pages for ``length + new_lengths`` tokens.
         length: ``[rows]`` int32, this layer's retained tokens; advanced by ``new_lengths``.
@@ -64,7 +65,7 @@ def attention(
     pages = page_table[:, slots // page].long()  # [rows, N]
     offsets = (slots % page).expand_as(pages)
     keys = k_pages[pages, :, offsets].transpose(1, 2)  # [rows, kv_heads, N, k_dim]
-    values = v_pages[pages, :, offsets].transpose(1, 2)
+    values = keys[..., : value.shape[3]] if v_pages is None else v_pages[pages, :, offsets].transpose(1, 2)
     stored = slot_position[pages, offsets]  # [rows, N]
 
     compute = torch.promote_types(query.dtype, torch.float32)
@@ -109,7 +110,7 @@ def append(
     key: Tensor,
     value: Tensor,
     k_pages: Tensor,
-    v_pages: Tensor,
+    v_pages: Tensor | None,
     slot_position: Tensor,
     slot_mass: Tensor,
     page_table: Tensor,
@@ -124,7 +125,8 @@ def append(
     slot = length[row].long() + token
     pages, offsets = page_table[row, slot // page].long(), slot % page
     k_pages[pages, :, offsets] = key[row, :, token]
-    v_pages[pages, :, offsets] = value[row, :, token]
+    if v_pages is not None:
+        v_pages[pages, :, offsets] = value[row, :, token]
     slot_position[pages, offsets] = positions[row, token].to(slot_position.dtype)
     slot_mass[pages, offsets] = 0.0
 

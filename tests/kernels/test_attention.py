@@ -439,6 +439,34 @@ def test_a_layer_that_shares_the_cache_appends_nothing(new: tuple[int, ...], dec
             assert float(both["slot_mass"][at]) == pytest.approx(joined, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("kernel", [reference.attention, cpu.attention], ids=["reference", "cpu"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 9, "sinks": True, "new": (1, 1, 1)}, {"slopes": True, "softcap": 2.0, "bias": "each"}],
+    ids=str,
+)
+def test_values_in_keys_are_as_values_beside_them(kernel: Any, options: dict[str, Any]) -> None:
+    """128 heads over one key of 576 numbers, whose first 512 are the value: the same without a pool of values."""
+    inputs = build(Case(kv_heads=1, group=128, k_dim=576, v_dim=512, peak=True, **options))
+    tensors = inputs.tensors
+    tensors["value"] = tensors["key"][..., :512]
+    tensors["v_pages"] = tensors["k_pages"][..., :512].clone()
+    if kernel is cpu.attention:
+        tensors["v_pages"] = tensors["v_pages"].transpose(0, 1).contiguous().transpose(0, 1)
+    expected, after = inputs.call(kernel)
+    state = {name: tensors[name].clone() for name in STATE if name != "v_pages"}
+    arguments = {**tensors, **state, "v_pages": None}
+    one = torch.ops.lethe.attention(**arguments, layer=LAYER)
+    torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state["slot_mass"], after["slot_mass"], rtol=1e-4, atol=1e-5, equal_nan=True)
+    for name in ("k_pages", "slot_position", "length"):
+        torch.testing.assert_close(state[name], after[name], rtol=0, atol=0, equal_nan=True)
+    if kernel is reference.attention:
+        state = {name: tensors[name].clone() for name in STATE if name != "v_pages"}
+        arguments = {**tensors, **state, "page_table": state["page_table"][LAYER], "length": state["length"][LAYER]}
+        assert torch.equal(reference.attention(**{**arguments, "v_pages": None}), expected)
+
+
 def test_no_rows() -> None:
     tensors = build(Case()).tensors
     for name in ("query", "key", "value", "positions", "new_lengths"):

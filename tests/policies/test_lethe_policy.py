@@ -374,7 +374,7 @@ def test_builtin_policies_by_name() -> None:
 
 @pytest.mark.usefixtures("registry")
 def test_registered_policy() -> None:
-    with pytest.raises(ConfigError, match="policy='halving' is not allowed: must be one of full, .*h2o, .*lethe, "):
+    with pytest.raises(ConfigError, match=r"policy='halving' is not allowed: must be one of full, .*h2o, .*lethe, "):
         make_policy(LetheConfig(policy="halving"))
     assert register(Halving) is Halving and register(Halving) is Halving
     assert type(make_policy(LetheConfig(policy="halving"))) is Halving
@@ -405,5 +405,5 @@ def test_plugins_are_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(policies, "entry_points", installed)
     assert type(make_policy(LetheConfig(policy="halving"))) is Halving
-    with pytest.raises(ConfigError, match="full, .*h2o, halving, lethe"):
+    with pytest.raises(ConfigError, match=r"full, .*h2o, halving, lethe"):
         make_policy(LetheConfig(policy="none"))
