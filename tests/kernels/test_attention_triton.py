@@ -382,7 +382,15 @@ def test_prefill_of_latents_on_hopper(heads: Heads, name: str, tmp_path: Path) -
     types |= dict.fromkeys(("lse", "seen", "sinks", "slopes"), "*fp32")
     types |= dict.fromkeys(("slot_position", "page_table", "length", "new_lengths"), "*i32")
     values = {"SCALE": 0.1, "SOFTCAP": None, "WINDOW": None, "CHUNKED": False, "SLOPES": False, "SINKS": False}
-    values |= {"HEADS": heads.query, "GROUP": heads.query, "KV_HEADS": 1, "PEAK": True, "PAGE": 64, "TOKENS": 8}
+    values |= {
+        "HEADS": heads.query,
+        "GROUP": heads.query,
+        "KV_HEADS": 1,
+        "PEAK": True,
+        "PAGE": 64,
+        "TOKENS": 8,
+        "SETS": 1,
+    }
     values |= {"K_DIM": heads.k_dim, "V_DIM": heads.v_dim, "IN_KEYS": True, "REST": rest, "UPCAST": False}
     values |= {"M": tune.m, "BLOCK": tune.block, "STAGES": tune.stages, "BLOCK_V": block_v}
     values |= {
