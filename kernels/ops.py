@@ -69,7 +69,7 @@ def _attention(
     key: Tensor,
     value: Tensor,
     k_pages: Tensor,
-    v_pages: Tensor,
+    v_pages: Tensor | None,
     slot_position: Tensor,
     slot_mass: Tensor,
     page_table: Tensor,
@@ -315,6 +315,11 @@ def select_shared(mass: Tensor, position: Tensor, length: Tensor, active: Tensor
     return select_reference.select_shared(mass, position, length, active, choice=choice, **rule)
 
 
+def top(score: Tensor, position: Tensor, length: Tensor, **rule: Any) -> Tensor:
+    """`kernels.select.reference.top`, which is PyTorch on every device: no round has been seen to wait for its sort."""
+    return select_reference.top(score, position, length, **rule)
+
+
 def hoyer_sparsity(mass: Tensor, length: Tensor) -> Tensor:
     """`kernels.select.reference.hoyer_sparsity`, by the fastest kernel for the tensors' device."""
     if _use_triton(mass):
@@ -326,7 +331,7 @@ def hoyer_sparsity(mass: Tensor, length: Tensor) -> Tensor:
 
 def compact(
     k_pages: Tensor,
-    v_pages: Tensor,
+    v_pages: Tensor | None,
     slot_position: Tensor,
     slot_mass: Tensor,
     page_table: Tensor,

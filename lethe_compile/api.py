@@ -73,7 +73,8 @@ def optimize(
     captured = capture(model, example_inputs)
     device = captured.program.device
     own_cache = captured.program.step is not None
-    passes = pipeline(rule.decay, rule.peak, fuse=device.type == "cuda", own_cache=own_cache)
+    options = {"fuse": device.type == "cuda", "own_cache": own_cache, "latent": config.cache_latent}
+    passes = pipeline(rule.decay, rule.peak, per_head=rule.per_head, **options)
     with causality_told(captured.original, device):
         result = run_pipeline(captured.program, passes)
     stateful, content = bool(result.program.stateful), result.program.content

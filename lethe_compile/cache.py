@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lethe_compile.allocator import Counts
 from lethe_compile.errors import ConfigError, InputError, OutOfPagesError
+from lethe_compile.keep_sets import KeepSets
 from lethe_compile.pool import Geometry, Plan, Pool, Staging
 
 __all__ = ["Geometry", "KVCache"]
@@ -33,12 +34,16 @@ class KVCache:
     ``j % page``; unused table entries are 0, a valid page. A newly given slot holds garbage, NaN included, in all four
     tensors until the attention op writes it: whoever reads slots must mask those beyond `length`.
 
+    A row is a sequence, or, where KV heads keep tokens of their own, one head of it; see `KeepSets`.
+
     Args:
-        geometries: one per layer, in graph order.
+        geometries: one per layer, in graph order: of one row.
         page_size: tokens per page.
         contiguous: the pages of each (layer, row) are consecutive; default on a CPU. Pages then move as sequences grow,
             and a pool used to less than half shrinks. Otherwise pages come from anywhere and pools only grow.
         max_bytes: limit of `pool_bytes`; while a pool is rebuilt, one of its tensors exists twice beyond that.
+        keep_sets: rows that one sequence has in each layer, default 1. In rows that a layer lacks, it gets no page,
+            whatever is reserved.
 
     Attributes:
         lengths: [layers, rows] retained tokens as the host knows them: never less than `length` on the device.
@@ -57,10 +62,12 @@ class KVCache:
         device: torch.device | str,
         contiguous: bool | None = None,
         max_bytes: int | None = None,
+        keep_sets: KeepSets | None = None,
     ) -> None:
         if not geometries:
             raise ConfigError("a KV cache needs the geometry of at least one layer")
         self.page_size, self.max_bytes = page_size, max_bytes
+        self.keep_sets = keep_sets or KeepSets([1] * len(geometries))
         self.device = torch.device(device)
         self.contiguous = self.device.type == "cpu" if contiguous is None else contiguous
         distinct = list(dict.fromkeys(geometries))
@@ -105,7 +112,8 @@ class KVCache:
         self.bytes_peak = self.bytes_freed = self.pool_bytes_peak = 0
         self._sampled = self._samples = 0
         self._exhausted = False
-        hint = np.broadcast_to(self._pages(np.asarray(max_tokens_hint, np.int64)), shape)
+        self._there = self.keep_sets.there(rows).astype(np.int64)
+        hint = self._pages(np.asarray(max_tokens_hint, np.int64)) * self._there
         floors = [int(hint[pool.layers].sum()) for pool in self._pools]
         if self.max_bytes is not None and not self.contiguous and any(floors):
             floors = [floor * -(-self.max_bytes // self._bytes(floors)) for floor in floors]
@@ -125,7 +133,7 @@ class KVCache:
 
     def reserve_rows(self, tokens_per_row: Sequence[int] | Counts) -> None:
         """`reserve` with a number of tokens for each row, as a ragged prefill needs; 0 leaves a row as it is."""
-        tokens = self._per_row(tokens_per_row)
+        tokens = self._per_row(tokens_per_row)  # [layers, rows]
         held = self.pages_held()
         need = np.where(tokens > 0, self._pages(self.lengths + tokens), 0)  # [layers, rows]
         if (need > held).any():
@@ -152,30 +160,35 @@ class KVCache:
         self._samples += 1
 
     def load(self, layer: int, keys: Tensor, values: Tensor, position: Tensor) -> None:
-        """Fill the first R rows of an empty layer with tokens from elsewhere, in order; their masses are 0.
+        """Fill the first R sequences of an empty layer with tokens from elsewhere, in order; their masses are 0.
 
         `keys` are ``[R, kv_heads, N, k_dim]``, `values` ``[R, kv_heads, N, v_dim]``, `position` ``[R, N]``, -1 where
-        there is no token. Waits for the device.
+        there is no token; heads that keep tokens of their own get all of them. Waits for the device.
 
         Raises:
             InputError: more tokens than were reserved.
         """
-        real = position >= 0
-        count, rows = real.sum(1), len(position)
-        self.lengths[layer, :rows] = count.cpu().numpy()
+        rows = torch.from_numpy(np.flatnonzero(self._there[layer])).to(self.device)
+        sets = int(self.keep_sets.of_layer[layer])
+        keys, values = (each.unflatten(1, (sets, -1)).flatten(0, 1) for each in (keys, values))
+        position = position.repeat_interleave(sets, dim=0)  # [rows, N]
+        rows, real = rows[: len(position)], position >= 0
+        count = real.sum(1)
+        self.lengths[layer, rows.cpu().numpy()] = count.cpu().numpy()
         if (self._pages(self.lengths[layer]) > self.pages_held()[layer]).any():
             raise InputError(f"layer {layer} gets {count.tolist()} tokens, and fewer were reserved")
         self._upload()
         row, column = real.nonzero(as_tuple=True)
         slot = (real.cumsum(1) - 1)[row, column]
-        page = self.page_table[layer, row, slot // self.page_size].long()
+        page = self.page_table[layer, rows[row], slot // self.page_size].long()
         offset = slot % self.page_size
         tensors = self._pools[self.pool_of_layer[layer]].tensors
         tensors["k_pages"][page, :, offset] = keys[row, :, column]
-        tensors["v_pages"][page, :, offset] = values[row, :, column]
+        if "v_pages" in tensors:
+            tensors["v_pages"][page, :, offset] = values[row, :, column]
         tensors["slot_position"][page, offset] = position[row, column].int()
         tensors["slot_mass"][page, offset] = 0.0
-        self.length[layer, :rows] = count.int()
+        self.length[layer, rows] = count.int()
 
     def sync(self, *others: Tensor) -> list[Counts]:
         """Read back `length`, and `others`, integer or bool tensors, with it: one wait for the device. Pages stay."""
@@ -225,6 +238,20 @@ class KVCache:
                 position.index_copy_(0, pool.index, pool_position)
         beyond = torch.arange(tokens, device=self.device) >= self.length.unsqueeze(2)
         return mass.masked_fill_(beyond, 0), position.masked_fill_(beyond, -1), self.length.long()
+
+    def keys(self, layer: int) -> Tensor:
+        """[rows, N, kv_heads, k_dim] of one layer, 0 beyond a row's length; N as in `scores`. Nothing is waited for."""
+        self._upload()
+        tokens = max(1, int(self.lengths.max(initial=0)))
+        pool = self._pools[self.pool_of_layer[layer]]
+        keys = pool.keys(self.page_table[layer, :, : self._pages(tokens)], tokens)
+        beyond = torch.arange(tokens, device=self.device) >= self.length[layer].unsqueeze(1)  # [rows, N]
+        return keys.masked_fill(beyond[:, :, None, None], 0)
+
+    def clear_mass(self) -> None:
+        """Forget what attention went to: the mass of every token becomes 0."""
+        for pool in self._pools:
+            pool.clear_mass()
 
     def compact(self, keep: Tensor | None, *others: Tensor) -> list[Counts]:
         """Drop the slots outside `keep` [layers, rows, N] bool, N at least the longest row; free emptied pages.
@@ -317,7 +344,8 @@ class KVCache:
 
     def bytes_for(self, tokens: Counts) -> int:
         """Of pools that hold so many tokens [layers, rows] and no more, positions and masses included."""
-        return self._bytes(int(count.sum()) for count in self._split(self._pages(tokens)))
+        pages = self._pages(tokens) * self.keep_sets.there(tokens.shape[1])
+        return self._bytes(int(count.sum()) for count in self._split(pages))
 
     def stats(self) -> dict[str, Any]:
         """Plain numbers for a report. Bytes are of keys and values, but for `overhead_bytes` and the pools'.
@@ -345,10 +373,12 @@ class KVCache:
         return -(-tokens // self.page_size)
 
     def _per_row(self, values: Sequence[int] | Counts) -> Counts:
+        """[layers, rows] of a number for each row; 0 where a layer lacks the row."""
         array = np.asarray(values, np.int64)
         if array.shape != (self.rows,) or (array < 0).any():
             raise InputError(f"{list(values)} is not a number of tokens >= 0 for each of {self.rows} rows")
-        return array
+        tokens: Counts = array * self._there
+        return tokens
 
     def _check_keep(self, keep: Tensor) -> None:
         layers, longest = len(self.pool_of_layer), int(self.lengths.max(initial=0))

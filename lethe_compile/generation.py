@@ -169,8 +169,9 @@ class _Rule:
         return tokens, probabilities.gather(1, tokens[:, None])[:, 0].isfinite()
 
     def contiguous(self) -> bool:
-        """Whether the ids must be: code that is not transformers' own may call `view` on them, as it can there."""
-        return not all(type(one).__module__.startswith("transformers.") for one in [*self.processors, *self.criteria])
+        """Whether the ids must be: code of others may call `view` on them, as it can in transformers."""
+        known = ("transformers.", "lethe_compile.")
+        return not all(type(one).__module__.startswith(known) for one in [*self.processors, *self.criteria])
 
 
 class _Record:

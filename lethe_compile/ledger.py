@@ -6,8 +6,13 @@ takes part in every step until it has finished, and in none after, so that what 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from lethe_compile.recorder import Recorder
 
 Counts = NDArray[np.int64]
 
@@ -22,10 +27,13 @@ class Ledger:
         rounds, freed: rounds that evicted something, and pages so emptied.
         pressed: rounds that came for lack of pages.
         timeline: for each round, the layers' retained tokens after it, mean over active rows.
+
+    A `recorder` hears of every reading.
     """
 
-    def __init__(self, layers: int, rows: int) -> None:
+    def __init__(self, layers: int, rows: int, recorder: Recorder | None = None) -> None:
         shape = (layers, rows)
+        self._recorder = recorder
         self.seen = np.zeros(rows, np.int64)
         self.retained, self.held, self.retained_sum, self.rounds, self.freed = (
             np.zeros(shape, np.int64) for _ in range(5)
@@ -40,6 +48,8 @@ class Ledger:
         self.retained = np.tile(prompts, (len(held), 1)) if retained is None else retained.copy()
         self.retained_sum += self.retained
         self.steps = 1
+        if self._recorder is not None:
+            self._recorder.begin(prompts, self.retained, held)
 
     def step(self) -> None:
         """A decode step has run."""
@@ -48,6 +58,8 @@ class Ledger:
 
     def read(self, seen: Counts, lengths: Counts, held: Counts) -> None:
         """What the device and the cache say since the last reading, before anything is evicted or given back."""
+        if self._recorder is not None:
+            self._recorder.read(seen, lengths, held)
         fed = seen - self.seen  # [R]
         steps = min(self._pending, int(fed.max(initial=0)))  # the last step may have found every row finished
         took_part = fed > 0

@@ -21,15 +21,19 @@ _CHUNK_BYTES = 1 << 24  # of pages copied at once: bounds the scratch memory, an
 
 @dataclass(frozen=True)
 class Geometry:
-    """The KV of one attention layer: what a token's key and value look like."""
+    """The KV of one attention layer: what a token's key and value look like.
+
+    With `values_in_keys`, a value is the first `v_dim` numbers of its key, and is not stored again.
+    """
 
     num_kv_heads: int
     k_dim: int
     v_dim: int
+    values_in_keys: bool = False
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes of the key and value of one token of one layer, without its position and mass."""
-        return self.num_kv_heads * (self.k_dim + self.v_dim) * dtype.itemsize
+        return self.num_kv_heads * (self.k_dim + (0 if self.values_in_keys else self.v_dim)) * dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Plan:
 class Pool:
     """Pages of all layers of one geometry.
 
-    `tensors` are ``k_pages, v_pages [pages, kv_heads, page, dim]``, ``slot_position, slot_mass [pages, page]``. With
+    `tensors` are ``k_pages, v_pages [pages, kv_heads, page, dim]``, ``slot_position, slot_mass [pages, page]``; there
+    are no `v_pages` where values are stored in keys. With
     `runs`, each sequence's pages are consecutive and keys and values are stored as ``[kv_heads, pages, page, dim]``, so
     that a sequence is one strided ``[kv_heads, tokens, dim]`` matrix.
     """
@@ -67,6 +72,8 @@ class Pool:
             "slot_position": ((page_size,), torch.int32),
             "slot_mass": ((page_size,), torch.float32),
         }
+        if geometry.values_in_keys:
+            del self._specs["v_pages"]
         self.kv_bytes = page_size * geometry.bytes_per_token(dtype)  # of one page
         self.page_bytes = sum(math.prod(shape) * kind.itemsize for shape, kind in self._specs.values())
         self._device = device
@@ -144,6 +151,15 @@ class Pool:
         mass, position = (self.tensors[name][pages].flatten(2)[:, :, :tokens].contiguous() for name in names)
         return mass, position
 
+    def keys(self, table: Tensor, tokens: int) -> Tensor:
+        """Keys [rows, tokens, kv_heads, k_dim] by one layer's page table [rows, pages]."""
+        pages = self.tensors["k_pages"][table]  # [rows, pages, kv_heads, page, k_dim]
+        return pages.transpose(2, 3).flatten(1, 2)[:, :tokens]
+
+    def clear_mass(self) -> None:
+        """Set the mass of every slot to 0."""
+        self.tensors["slot_mass"].zero_()
+
     def compact(self, table: Tensor, length: Tensor, keep: Tensor) -> Tensor:
         """Drop slots outside `keep` [layers, rows, N]; returns the new lengths [pool's layers, rows] int32.
 
@@ -152,7 +168,7 @@ class Pool:
         table, length, keep = (each[self.index] for each in (table, length, keep))
         kept = compact(
             self.tensors["k_pages"],
-            self.tensors["v_pages"],
+            self.tensors.get("v_pages"),
             self.tensors["slot_position"],
             self.tensors["slot_mass"],
             table.flatten(0, 1),

@@ -6,6 +6,7 @@ token is at column 0 whatever the lengths of the others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -120,3 +121,13 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     here, there = tensor.device, device
     if here.type != there.type or (None not in (here.index, there.index) and here.index != there.index):
         raise InputError(f"{name} is on {here} and the model on {there}: move it with .to({str(there)!r})")
+
+
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask of prompts that differ in length, int64 [rows, T], 0 on the padding."""
+    width = max(map(len, prompts))
+    ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask

@@ -64,7 +64,10 @@ class LayerReport:
     content: bool  # the mask also depends on the content of the sequence
     pool: int
     cache_of: int  # the layer whose cache it attends to: itself, or an earlier one
+    keep_sets: int  # sets of retained tokens of one sequence: 1, or one for each KV head
+    cached: str  # "keys and values", or the "latent" that they are made of
     bytes_per_token: int
+    bytes_otherwise: int | None  # of the other of these two, where the layer has both
 
 
 @dataclass(frozen=True)
@@ -132,10 +135,11 @@ class Report(_Printable):
     def __rich__(self) -> RenderableType:
         from rich.console import Group
 
+        kept = ", per head" if any(layer.keep_sets > 1 for layer in self.layers) else ""
         line = (
             f"{len(self.layers)} attention layers on {self.device}, {self.dtype}, backend {self.backend}"
-            f" ({self.backend_reason}); policy"
-            f" {self.config.policy}; {self.bytes_per_token:,} KV bytes per token, pages of {self.page_size}"
+            f" ({self.backend_reason}); {_policy_words(self.config)}{kept};"
+            f" {self.bytes_per_token:,} KV bytes per token, pages of {self.page_size}"
         )
         return Group(self._pass_table(), self._layer_table(), line, *self._state_lines())
 
@@ -165,7 +169,7 @@ class Report(_Printable):
             dims = str(layer.k_dim) if layer.k_dim == layer.v_dim else f"{layer.k_dim}/{layer.v_dim}"
             heads = f"{layer.heads}/{layer.kv_heads}"  # query heads over KV heads
             shared = layer.cache_of != layer.layer
-            size = f"layer {layer.cache_of}'s" if shared else f"{layer.bytes_per_token:,}"
+            size = f"layer {layer.cache_of}'s" if shared else f"{layer.bytes_per_token:,}{_instead_of(layer)}"
             table.add_row(str(layer.layer), layer.name, layer.found_by, heads, dims, _mask_words(layer), size)
         return table
 
@@ -178,13 +182,16 @@ class CacheStats(_Printable):
 
     Bytes are of the pages that hold keys and values; `bytes_freed` counts pages that rounds emptied, by layer and row.
     `sparsity` is Hoyer's measure of the scores when a round last looked, NaN where none has.
+
+    Where KV heads keep tokens of their own, figures are means over the heads of a layer, bytes their sums, and `heads`
+    are the tokens that each retained, ``[layers][rows][heads]``; else it is None.
     """
 
     seen: list[int]
-    retained: list[list[int]]
+    retained: list[list[float]]
     retained_mean: list[list[float]]
-    rounds: list[list[int]]
-    threshold: list[list[int]]
+    rounds: list[list[float]]
+    threshold: list[list[float]]
     sparsity: list[list[float]]
     bytes_held: list[list[int]]
     bytes_freed: list[list[int]]
@@ -193,6 +200,7 @@ class CacheStats(_Printable):
     bytes_mean: float
     pressed: int = 0  # rounds that pruned harder for lack of pages
     state_bytes: list[int] = field(default_factory=list)  # [stateful modules]: of all rows, beside the pages
+    heads: list[list[list[int]]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; a threshold that is never reached and a sparsity never measured are null."""
@@ -205,7 +213,8 @@ class CacheStats(_Printable):
         from rich.console import Group
 
         columns = ("layer", "retained", "of", "rounds", "threshold", "sparsity", "held", "freed")
-        table = _table("cache, mean over sequences", *columns)
+        over = "sequences" if self.heads is None else "sequences and their KV heads, per head; bytes of all heads"
+        table = _table(f"cache, mean over {over}", *columns)
         seen = _mean(self.seen)
         for layer, retained in enumerate(self.retained):
             known = [s for s in self.sparsity[layer] if not isnan(s)]
@@ -226,6 +235,14 @@ class CacheStats(_Printable):
         return Group(table, f"all sequences: {sizes}{pressed}{kept}")
 
 
+def _policy_words(config: LetheConfig) -> str:
+    """The policy, its own settings, and its caps."""
+    settings = [f"{name} {value}" for name, value in config.policy_options.items()]
+    caps = (("max_tokens", config.max_tokens), ("budget", config.budget))
+    settings += [f"{name} {value}" for name, value in caps if value is not None]
+    return f"policy {config.policy}" + (f" ({', '.join(settings)})" if settings else "")
+
+
 def _mask_words(layer: LayerReport) -> str:
     window = "" if layer.window is None else f" {layer.window}"
     softcap = "" if layer.softcap is None else f", softcap {layer.softcap:g}"
@@ -233,9 +250,19 @@ def _mask_words(layer: LayerReport) -> str:
     return f"{layer.mask}{window}{content}{softcap}{', sinks' if layer.sinks else ''}"
 
 
+def _instead_of(layer: LayerReport) -> str:
+    """What a layer that could cache its latent does, and what the other form would have taken."""
+    if layer.bytes_otherwise is None:
+        return ""
+    other = "expanded" if layer.cached == "latent" else "latent"
+    return f" {'latent' if layer.cached == 'latent' else 'expanded'}, {other} {layer.bytes_otherwise:,}"
+
+
 def _layer(site: Site, cache_of: int, dtype: torch.dtype) -> LayerReport:
     assert site.mask is not None, "a site is only inserted once its mask is proved"
-    size = 0 if site.shares else Geometry(*site.geometry).bytes_per_token(dtype)
+    size = 0 if site.shares else site.keep_sets * Geometry(*site.geometry).bytes_per_token(dtype)
+    beside = site.kv_heads * site.columns  # what masks read is cached with either
+    otherwise = None if site.alternative is None else (site.alternative + beside) * dtype.itemsize
     return LayerReport(
         layer=site.layer,
         name=site.name,
@@ -252,7 +279,10 @@ def _layer(site: Site, cache_of: int, dtype: torch.dtype) -> LayerReport:
         content=site.content,
         pool=site.cache_group,
         cache_of=cache_of,
+        keep_sets=site.keep_sets,
+        cached="latent" if site.latent else "keys and values",
         bytes_per_token=size,
+        bytes_otherwise=otherwise,
     )
 
 

@@ -14,17 +14,22 @@ from torch import Tensor, nn
 from lethe_compile import generation
 from lethe_compile.cache import Geometry, KVCache
 from lethe_compile.config import LetheConfig
-from lethe_compile.errors import InputError, OutOfPagesError
+from lethe_compile.errors import ConfigError, InputError, OutOfPagesError
 from lethe_compile.executor import DecodeGraph, Executor
+from lethe_compile.keep_sets import KeepSets
+from lethe_compile.kernels.ops import hoyer_sparsity
 from lethe_compile.ledger import Counts, Ledger
 from lethe_compile.memory import allowance, available_bytes
+from lethe_compile.observation import fill_observed
 from lethe_compile.passes.base import PassRecord
+from lethe_compile.passes.insert_attention import set_score
 from lethe_compile.passes.program import Program
 from lethe_compile.past import Past
 from lethe_compile.policies import make_policy
-from lethe_compile.policies.base import RoundState
+from lethe_compile.policies.base import NEVER, Policy, RoundState
 from lethe_compile.policies.full import FullPolicy
 from lethe_compile.prompt import check_ids
+from lethe_compile.recorder import Recorder, Sample
 from lethe_compile.report import CacheStats, Report
 from lethe_compile.restart import Text, text_of
 from lethe_compile.states import States
@@ -44,6 +49,7 @@ class Round:
     position: Tensor  # [rows, N] int32 stored positions before the round, -1 beyond a row's length
     keep: Tensor  # [rows, N] bool: what stays
     next_position: Tensor  # [rows] int64: the first position whose query sees the result
+    heads: int = 1  # rows of one sequence: its KV heads, where each keeps tokens of its own, else 1
 
 
 class OptimizedModel(nn.Module):
@@ -51,16 +57,15 @@ class OptimizedModel(nn.Module):
 
     Attributes:
         sites, caches: the attentions of the graph, and those of them that have a cache of their own.
-        program: what the passes made of the model.
-        dtype: of hidden states, keys and values.
         graph_module: the rewritten graph; its weights are the original model's own tensors.
         backend: how it runs, and why; see `executor.choose_backend`.
         config: the `LetheConfig` in force.
-        policy: decides at each round what stays.
+        policy: decides at each round what stays. Between generations another may take its place, `per_head` as it is.
         cache: pages, tables and figures of the generation under way, or of the last one.
         states: what layers other than attention carry along, of the same generation.
         kv_memory: most bytes of the cache, or fraction of what is free; see `optimize`. Holds from the next generation.
         on_round: callables that get a `Round` for each layer a round changed.
+        recorder: listens to every round while there is one; see `recorded`.
         hf_config: the original's transformers config, where it has one.
         give_way: ends the session of `as_hf()` that holds the cache; None while another generation does, or none.
         vocab_size, max_positions: limits on inputs; `max_positions` is None where the model has none.
@@ -81,37 +86,83 @@ class OptimizedModel(nn.Module):
         backend: tuple[str, str] = ("eager", "asked for"),
     ) -> None:
         super().__init__()
-        self.program = program
-        self.dtype: torch.dtype = program.sites[0].node.meta["val"].dtype
+        self._dtype: torch.dtype = program.sites[0].node.meta["val"].dtype
         self._device: torch.device = program.input_ids.meta["val"].device
         self.backend = backend
-        self._executor = Executor(program, compiled=backend[0] != "eager")
+        self._program, self._executor = program, Executor(program, compiled=backend[0] != "eager")
         self._graphs: dict[int, DecodeGraph] = {}  # by rows
         self.graph_module, self.sites, self.caches = program.module, program.sites, program.caches
         self.stateful, self._content = program.stateful, program.content
         self.stateful_modules = nn.ModuleList(call.module for call in program.stateful)
-        config = replace(config, prune_interval=config.interval_on(self._device.type))
-        self.config, self.policy = config, make_policy(config)
+        self._keep_sets = KeepSets([site.keep_sets for site in program.caches])
         self.vocab_size, self.max_positions = vocab_size, max_positions
         self.generation_config, self.hf_config = generation_config, hf_config
         self.kv_memory: int | float | None = None
         self._allowed_by: int | float | None = None  # the `kv_memory` behind `cache.max_bytes`
         self.restart_at: int | None = None
         self.on_round: list[Callable[[Round], None]] = []
+        self.recorder: Recorder | None = None
         self.give_way: Callable[[], object] | None = None
         self._records = records
-        self.page_size = config.page_size_on(self._device.type)
-        tokens = [geometry.bytes_per_token(self.dtype) for geometry in self._geometries()]
-        self._page_bytes = np.array(tokens, np.int64)[:, None] * self.page_size  # [layers, 1]
-        self.cache, self.states = self._new_cache(), States(self.stateful, self._device)
+        tokens = [geometry.bytes_per_token(self._dtype) for geometry in self._geometries()]
+        self._token_bytes = np.array(tokens, np.int64)[:, None]  # [layers, 1]
+        self.states = States(self.stateful, self._device)
         self._generating, self._rows = False, 0
-        self.policy.begin(len(self.caches), 0)
+        self._configure(config)
+
+    def _configure(self, config: LetheConfig) -> None:
+        config = replace(config, prune_interval=config.interval_on(self._device.type))
+        self.config, self.policy = config, make_policy(config)
+        self._scored = self.policy.decay is not None
+        self.page_size = config.page_size_on(self._device.type)
+        self.cache = self._new_cache()
+        self._rows = 0
+        self.begin_policy(self.policy, 0)
         self._reset(torch.zeros(0, dtype=torch.int64))
+
+    def reconfigure(self, config: LetheConfig) -> None:
+        """Prune by another policy, or with other settings, from the next generation on; nothing is captured anew.
+
+        What a score gathers and how it decays is part of the graph, and is changed there; CUDA graphs are recorded
+        again by the next generation.
+
+        Raises:
+            ConfigError: an unknown policy, or settings that this model cannot serve.
+            InputError: a generation is under way.
+        """
+        if self.give_way is not None:
+            self.give_way()
+        if self._generating:
+            raise InputError("this model is generating: end that before another configuration")
+        rule = make_policy(config)
+        self._check_heads(rule)
+        self.begin_policy(rule, 0)
+        set_score(self._program, rule.decay, rule.peak)
+        self._graphs.clear()
+        self._configure(config)
 
     @property
     def device(self) -> torch.device:
         """Where inputs must be; the graph was captured there and stays there."""
         return self._device
+
+    @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._check_heads(policy)
+        self._policy = policy
+
+    def _check_heads(self, policy: Policy) -> None:
+        several = [site.layer for site in self.caches if site.kv_heads > 1]
+        if several and policy.per_head != (self._keep_sets.heads > 1):
+            kinds = ["keeps the same tokens for all KV heads of a layer", "keeps other tokens for each KV head"]
+            raise ConfigError(
+                f"policy {policy.name!r} {kinds[policy.per_head]}, and this model was compiled for one that"
+                f" {kinds[not policy.per_head]} (layers {several} have several): optimize the model again with it"
+            )
 
     # ------------------------------------------------------------------------------------------------- whole sequences
 
@@ -133,8 +184,8 @@ class OptimizedModel(nn.Module):
         if position_ids is not None:
             positions = position_ids.expand_as(ids).gather(1, order)
         cache, states = self._new_cache(), States(self.stateful, self._device)
-        cache.begin(len(ids))
-        cache.reserve_rows(lengths.tolist())
+        cache.begin(len(ids) * self._keep_sets.heads)
+        cache.reserve_rows(self._host(lengths))
         states.begin(len(ids))
         furthest = ids.shape[1] if position_ids is None else self._checked(positions, lengths)
         logits = self._run(cache, states, ids, positions, lengths, furthest)
@@ -189,19 +240,25 @@ class OptimizedModel(nn.Module):
         self._rows = rows
         hint = self._admit(prompt_lengths, new_tokens)
         prompt_lengths = _padded(prompt_lengths, self._bucket(rows))
+        cache_rows = len(prompt_lengths) * self._keep_sets.heads
         if not isinstance(hint, int):  # rows that fill the bucket hold nothing
-            hint = np.pad(hint, ((0, 0), (0, len(prompt_lengths) - rows)))
+            hint = np.pad(hint, ((0, 0), (0, cache_rows - hint.shape[1])))
         try:
-            self.cache.begin(len(prompt_lengths), hint)
+            self.cache.begin(cache_rows, hint)
         except OutOfPagesError as error:
             raise InputError(f"{rows} sequences do not fit: {error}") from error
         self.states.begin(len(prompt_lengths))
         self._generating = True
-        self.policy.begin(len(self.caches), len(prompt_lengths))
+        self.begin_policy(self.policy, cache_rows)
         self._reset(prompt_lengths, new_tokens)
 
+    def begin_policy(self, policy: Policy, rows: int) -> None:
+        """Let a policy forget its last generation, and know what the caches of this model take."""
+        whole = [Geometry(site.kv_heads, *site.geometry[1:]) for site in self.caches]
+        policy.begin(len(self.caches), rows, [one.bytes_per_token(self._dtype) for one in whole])
+
     def _bucket(self, rows: int) -> int:
-        """Rows that the cache is made for: captured graphs serve a few sizes, and what is over stays empty."""
+        """Sequences that the cache is made for: captured graphs serve a few sizes, and what is over stays empty."""
         if self.backend[0] != "cudagraphs":
             return rows
         return next(size for size in (*_BUCKETS, -(-rows // _BUCKETS[-1]) * _BUCKETS[-1]) if size >= rows)
@@ -214,16 +271,16 @@ class OptimizedModel(nn.Module):
         self._allowed_by = self.kv_memory
         if new_tokens is None:
             return 0
-        prompts = prompt_lengths.cpu().numpy().astype(np.int64)
-        least = self.policy.least_tokens(prompts, new_tokens, self.windows)
+        prompts = self._host(prompt_lengths)
+        least = self.policy.least_tokens(prompts, new_tokens, self._windows)
         allowed = cache.max_bytes
         if allowed is None and self.device.type == "cuda":
             allowed = available_bytes(self.device) + cache.pool_bytes
         need = cache.bytes_for(least)
         if allowed is not None and need > allowed:
             raise InputError(
-                f"{len(prompts)} sequences of up to {prompts.max(initial=0)} prompt and {new_tokens} new tokens need"
-                f" {need} bytes of KV cache under policy {self.policy.name!r}, and {allowed} bytes are allowed"
+                f"{len(prompt_lengths)} sequences of up to {prompts.max(initial=0)} prompt and {new_tokens} new tokens"
+                f" need {need} bytes of KV cache under policy {self.policy.name!r}, and {allowed} bytes are allowed"
                 f" (kv_memory={self.kv_memory}): run fewer or shorter sequences at a time, raise kv_memory, or prune"
                 " with a policy that needs less"
             )
@@ -243,10 +300,12 @@ class OptimizedModel(nn.Module):
         else:
             self._next_position = torch.zeros_like(self._prompt_lengths)
         self._new_tokens = new_tokens
-        self._live = np.zeros(len(prompt_lengths), np.int64)  # 1 for a row that may take part in the next steps
-        self._ledger = Ledger(len(self.caches), len(prompt_lengths))
+        cache_rows = rows * self._keep_sets.heads
+        self._live = np.zeros(cache_rows, np.int64)  # 1 for a row that may take part in the next steps
+        self._ledger = Ledger(len(self.caches), cache_rows, self.recorder)
         self._text: Text | None = None
         self._until_round = self._furthest = 0
+        self._cleared_at = -1  # steps before a round at which masses are cleared
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, lengths: Tensor, *, whole: bool = False) -> Tensor:
@@ -254,20 +313,34 @@ class OptimizedModel(nn.Module):
 
         With `whole`, logits ``[rows, T, vocab_size]`` of all tokens.
         """
-        padded = _padded(lengths, self.cache.rows)
-        prompts = padded.cpu().numpy().astype(np.int64)
-        self.cache.reserve_rows(prompts)
-        self.cache.assume(prompts)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).repeat(len(input_ids), 1)
-        last = None if whole else (lengths - 1).clamp(min=0)
-        self._furthest = input_ids.shape[1]
-        logits = self._run(self.cache, self.states, input_ids, positions, lengths, self._furthest, last).float()
-        self.states.has_previous_state = True
+        padded = _padded(lengths, self._sequences)
+        prompts = self._host(padded)
+        logits = self._fill(input_ids, lengths, prompts, whole)
         self._next_position.copy_(padded)
         self._ledger.prefill(prompts, self.cache.pages_held())
         self._text = text_of(input_ids, int(prompts.max(initial=0)), self.restart_at)
         self._round(padded > 0)
         return logits if whole else logits[:, 0]
+
+    def _fill(self, ids: Tensor, lengths: Tensor, tokens: Counts, whole: bool) -> Tensor:
+        """Fill an empty cache from right-padded ids ``[R, T]`` of `lengths` [R], as `tokens` [rows] has them, too.
+
+        Returns logits ``[R, T, vocab]``, or with `whole` False those of each row's last token, ``[R, 1, vocab]``.
+        """
+        self.cache.reserve_rows(tokens)
+        self.cache.assume(tokens)
+        self._furthest = ids.shape[1]
+
+        def run(ids: Tensor, positions: Tensor, lengths: Tensor, last: Tensor | None) -> Tensor:
+            logits = self._run(self.cache, self.states, ids, positions, lengths, self._furthest, last).float()
+            self.states.has_previous_state = True
+            return logits
+
+        window = self.policy.observation_window
+        if window is not None and ids.shape[1] > 1:
+            return fill_observed(run, self.cache.clear_mass, ids, lengths, window, whole)
+        positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
+        return run(ids, positions, lengths, None if whole else (lengths - 1).clamp(min=0))
 
     @torch.no_grad()
     def adopt(self, past: Past) -> None:
@@ -277,12 +350,12 @@ class OptimizedModel(nn.Module):
         interval of steps, which will have told.
 
         Raises:
-            InputError: masks read more of earlier tokens than a past holds.
+            InputError: masks read more of earlier tokens than a past holds, or layers cache something else.
         """
         self._check_past()
         self.begin(len(past.lengths), past.lengths)
-        padded = _padded(past.lengths.to(self.device), self.cache.rows)
-        prompts = padded.cpu().numpy().astype(np.int64)
+        padded = _padded(past.lengths.to(self.device), self._sequences)
+        prompts = self._host(padded)
         try:
             past.fill(self.cache, prompts)
             self._next_position.copy_(padded)
@@ -291,6 +364,7 @@ class OptimizedModel(nn.Module):
             self._live = (prompts > 0).astype(np.int64)
             self._until_round = self.config.interval
             self._reserve(padded > 0)
+            self._observe_from()
         except BaseException:
             self.end()
             raise
@@ -300,13 +374,13 @@ class OptimizedModel(nn.Module):
         """Logits ``[R, T, vocab_size]`` of tokens ``[R, T]`` after a past; a generation under way is untouched.
 
         Raises:
-            InputError: masks read more of earlier tokens than a past holds.
+            InputError: masks read more of earlier tokens than a past holds, or layers cache something else.
         """
         self._check_past()
         cache, states = self._new_cache(), States(self.stateful, self._device)
         rows, tokens = input_ids.shape
-        cache.begin(rows)
-        past.fill(cache, past.lengths.cpu().numpy().astype(np.int64))
+        cache.begin(rows * self._keep_sets.heads)
+        past.fill(cache, self._host(past.lengths))
         cache.reserve(tokens)
         states.begin(rows)
         positions = past.lengths[:, None] + torch.arange(tokens, device=input_ids.device)
@@ -314,6 +388,11 @@ class OptimizedModel(nn.Module):
         return self._run(cache, states, input_ids, positions, torch.full_like(past.lengths, tokens), furthest)
 
     def _check_past(self) -> None:
+        if latent := [site.layer for site in self.sites if site.latent]:
+            raise InputError(
+                f"layers {latent} cache the latent of their keys and values, and a cache from elsewhere holds these:"
+                " generate from the prompt, or optimize with LetheConfig(cache_latent=False)"
+            )
         layers = [site.layer for site in self.sites if site.columns]
         if layers:
             raise InputError(
@@ -330,7 +409,9 @@ class OptimizedModel(nn.Module):
         if self._text is not None and self._text.add(tokens.masked_fill(~active, 0), self._next_position[: self._rows]):
             return self._restart(self._text.ids, active)
         if self._until_round == 0:
-            self._round(_padded(active, self.cache.rows))
+            self._round(_padded(active, self._sequences))
+        if self._until_round == self._cleared_at:
+            self.cache.clear_mass()
         self._until_round -= 1
         self.cache.assume(self._live)
         self._furthest += 1
@@ -350,18 +431,12 @@ class OptimizedModel(nn.Module):
         """Fill the cache anew from the whole text ``[rows, T]`` of rows that are `active`, as `decode` would go on."""
         self._observe()
         lengths = (self._next_position[: self._rows] + 1).masked_fill(~active, 0)
-        filled = _padded(lengths, self.cache.rows)
-        tokens = filled.cpu().numpy().astype(np.int64)
+        filled = _padded(lengths, self._sequences)
+        tokens = self._host(filled)
         self.cache.end()
-        self.states.begin(self.cache.rows)
-        self.policy.begin(len(self.caches), self.cache.rows)
-        self.cache.reserve_rows(tokens)
-        self.cache.assume(tokens)
-        positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
-        last = (lengths - 1).clamp(min=0)
-        self._furthest = ids.shape[1]
-        logits = self._run(self.cache, self.states, ids, positions, lengths, self._furthest, last).float()
-        self.states.has_previous_state = True
+        self.states.begin(self._sequences)
+        self.begin_policy(self.policy, self.cache.rows)
+        logits = self._fill(ids, lengths, tokens, whole=False)
         self._next_position += filled > 0
         self._text = None
         self._ledger.step()
@@ -391,7 +466,7 @@ class OptimizedModel(nn.Module):
         if self._content:
             state["seen"] = torch.arange(furthest, device=self._device)
         for name in ("page_table", "length"):
-            state[name] = state[name][:, : len(ids)]
+            state[name] = state[name][:, : len(ids) * self._keep_sets.heads]
         return self._executor.run(ids, positions, new_lengths.to(torch.int32), state, last)
 
     @contextmanager
@@ -407,12 +482,23 @@ class OptimizedModel(nn.Module):
     @contextmanager
     def unpruned(self) -> Iterator[None]:
         """Generations inside this context evict nothing: the same graph as a baseline."""
-        pruning = self.policy
-        self.policy = FullPolicy(self.config)
+        pruning = self._policy
+        # Of any graph: it evicts nothing from any head.
+        self._policy = FullPolicy(replace(self.config, policy=FullPolicy.name, policy_options={}))
         try:
             yield
         finally:
-            self.policy = pruning
+            self._policy = pruning
+
+    @contextmanager
+    def recorded(self, *, sparsity: bool = True) -> Iterator[Recorder]:
+        """Generations inside this context are followed round by round; the recorder tells of the latest."""
+        before = self.recorder
+        self.recorder = Recorder(self._token_bytes, self.page_size, self._keep_sets, sparsity)
+        try:
+            yield self.recorder
+        finally:
+            self.recorder = before
 
     # ---------------------------------------------------------------------------------------------------------- rounds
 
@@ -422,8 +508,12 @@ class OptimizedModel(nn.Module):
         Waits for the device once, behind the compaction; more often only where pages run out.
         """
         held = self.cache.pages_held()
+        sparsity = self._sparsity() if self.recorder is not None and self.recorder.sparsity else None
         before, seen, on = self._evict(active)
         self._ledger.read(seen, before, held)
+        if self.recorder is not None:
+            measured = None if sparsity is None else sparsity.double().cpu().numpy()
+            self.recorder.round(Sample(self._ledger.decoded, on > 0, before, self.cache.lengths.copy(), measured))
         self._live = on
         self.cache.free_rows(np.flatnonzero((on == 0) & self.cache.pages_held().any(0)).tolist())
         self._until_round = self.config.interval
@@ -431,24 +521,43 @@ class OptimizedModel(nn.Module):
         if left is not None and left > 0:  # no page for tokens that nobody asked for
             self._until_round = min(self._until_round, left)
         self._reserve(active)
+        self._observe_from()
         if on.any():
-            self._ledger.timeline.append(self.cache.lengths[:, on > 0].mean(1).tolist())
+            counted = self._keep_sets.there(self.cache.rows) & (on > 0)
+            self._ledger.timeline.append(self.cache.lengths.mean(1, where=counted).tolist())
+
+    def _observe_from(self) -> None:
+        """Set how many steps before the next round masses are cleared; never, if the policy wants every query."""
+        window = self.policy.observation_window
+        self._cleared_at = -1 if window is None else min(window, self._until_round)
 
     def _evict(self, active: Tensor, limit: Tensor | None = None) -> list[Counts]:
         """Prune and compact every layer and row; the lengths before, the next positions and `active`, as read back."""
-        state = RoundState(*self.cache.scores(), self.windows, self._prompt_lengths, self._next_position, active)
+        sets = self._keep_sets
+        prompts, following, on_now = map(sets.spread, (self._prompt_lengths, self._next_position, active))
+        rows = (prompts, following, on_now)
+        state = RoundState(*self.cache.scores(), self._windows, *rows, key_source=self.cache.keys, heads=sets.heads)
         keep = self.policy.round(state, limit)
         if keep is not None and self.on_round:
             self._tell(state, keep)
         before, seen, on = self.cache.compact(keep, self._next_position, active)
         after = self.cache.lengths
         self._ledger.evicted(before - after, self.cache.pages_for(before) - self.cache.pages_for(after))
-        return [before, seen, on]
+        return [before, sets.repeat(seen), sets.repeat(on)]
+
+    def _sparsity(self) -> Tensor | None:
+        """[layers, rows] Hoyer sparsity of the scores as they are; None where the graph keeps none."""
+        if not self._scored:
+            return None
+        mass, _, length = self.cache.scores()
+        return hoyer_sparsity(mass.flatten(0, 1), length.flatten()).view_as(length)
 
     def _tell(self, state: RoundState, keep: Tensor) -> None:
         lost = (keep.sum(2) < state.length).any(1).tolist()
         for site in [site for site in self.sites if lost[site.cache]]:
-            event = Round(site.layer, state.position[site.cache], keep[site.cache], state.next_position.clone())
+            shown = (state.position[site.cache], keep[site.cache], state.next_position.clone())
+            position, kept, following = (self._keep_sets.own(each, site.cache) for each in shown)
+            event = Round(site.layer, position, kept, following, site.keep_sets)
             for callback in self.on_round:
                 callback(event)
 
@@ -473,24 +582,53 @@ class OptimizedModel(nn.Module):
         """Read back what the steps since the last round did."""
         held = self.cache.pages_held()
         (seen,) = self.cache.sync(self._next_position)
-        self._ledger.read(seen, self.cache.lengths, held)
+        self._ledger.read(self._keep_sets.repeat(seen), self.cache.lengths, held)
+
+    def _host(self, lengths: Tensor) -> Counts:
+        """Tokens of each row of the cache, from those of sequences; waits for the device."""
+        return self._keep_sets.repeat(lengths.cpu().numpy())
+
+    @property
+    def _sequences(self) -> int:
+        """Sequences that the cache was made for."""
+        return self.cache.rows // self._keep_sets.heads
+
+    @property
+    def program(self) -> Program:
+        """What the passes made of the model."""
+        return self._program
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states, keys and values."""
+        return self._dtype
 
     @property
     def windows(self) -> tuple[int | None, ...]:
         """Of each cache: how many positions back a query sees, None for all."""
+        return self._windows
+
+    @property
+    def _windows(self) -> tuple[int | None, ...]:
         return tuple(site.mask.window if site.mask else None for site in self.caches)
 
     def _geometries(self) -> list[Geometry]:
         return [Geometry(*site.geometry) for site in self.caches]
 
     def _new_cache(self) -> KVCache:
-        return KVCache(self._geometries(), page_size=self.page_size, dtype=self.dtype, device=self._device)
+        return KVCache(
+            self._geometries(),
+            page_size=self.page_size,
+            dtype=self._dtype,
+            device=self._device,
+            keep_sets=self._keep_sets,
+        )
 
     # --------------------------------------------------------------------------------------------------------- reports
 
     def report(self) -> Report:
         """What the compiler found, rewrote and refused; prints as a table, `to_dict` gives JSON."""
-        where = (self.dtype, self._device, self.backend, self.page_size)
+        where = (self._dtype, self._device, self.backend, self.page_size)
         return Report.of(self._records, self.sites, self.stateful, self.config, *where)
 
     def cache_stats(self) -> CacheStats:
@@ -500,21 +638,24 @@ class OptimizedModel(nn.Module):
         """
         if self._generating:
             self._observe()
-        ledger, rows = self._ledger, slice(self._rows)
+        ledger, sets, rows = self._ledger, self._keep_sets, self._rows
+        thresholds, sparsity = self.policy.thresholds.cpu().numpy(), self.policy.sparsity.cpu().numpy()
+        page_bytes = self._token_bytes * self.page_size
         return CacheStats(
-            seen=ledger.seen[rows].tolist(),
-            retained=ledger.retained[:, rows].tolist(),
-            retained_mean=(ledger.retained_sum[:, rows] / max(1, ledger.steps)).tolist(),
-            rounds=ledger.rounds[:, rows].tolist(),
-            threshold=self.policy.thresholds[:, rows].tolist(),
-            sparsity=self.policy.sparsity[:, rows].tolist(),
-            bytes_held=(ledger.held * self._page_bytes)[:, rows].tolist(),
-            bytes_freed=(ledger.freed * self._page_bytes)[:, rows].tolist(),
+            seen=ledger.seen[:: sets.heads][:rows].tolist(),
+            retained=sets.mean(ledger.retained, rows),
+            retained_mean=sets.mean(ledger.retained_sum / max(1, ledger.steps), rows),
+            rounds=sets.mean(ledger.rounds, rows),
+            threshold=sets.mean(thresholds, rows, thresholds < NEVER, NEVER),
+            sparsity=sets.mean(sparsity, rows, ~np.isnan(sparsity), np.nan),
+            bytes_held=sets.total(ledger.held * page_bytes, rows),
+            bytes_freed=sets.total(ledger.freed * page_bytes, rows),
             timeline=ledger.timeline,
             bytes_peak=self.cache.bytes_peak,
             bytes_mean=self.cache.bytes_mean,
             pressed=ledger.pressed,
             state_bytes=self.states.bytes_of(self._rows),
+            heads=sets.each(ledger.retained, rows) if sets.heads > 1 else None,
         )
 
 

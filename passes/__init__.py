@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lethe_compile.passes.base import Pass
+from lethe_compile.passes.cache_latent import CacheLatent
 from lethe_compile.passes.classify_masks import ClassifyMasks
 from lethe_compile.passes.content_masks import ContentMasks
 from lethe_compile.passes.fold_repeat_kv import FoldRepeatKV
@@ -16,12 +17,20 @@ from lethe_compile.passes.rewrite_positions import RewritePositions
 
 
 def pipeline(
-    decay: float | None, peak: bool = False, *, fuse: bool = False, own_cache: bool = False
+    decay: float | None,
+    peak: bool = False,
+    *,
+    per_head: bool = False,
+    fuse: bool = False,
+    own_cache: bool = False,
+    latent: bool = True,
 ) -> tuple[Pass, ...]:
-    """Every pass from a captured graph to one that attends over the cache; `decay` and `peak` as `InsertAttention`.
+    """Every pass from a captured graph to one that attends over the cache.
+
+    `decay`, `peak` and `per_head` are those of `InsertAttention`.
 
     `own_cache` is for a decode step that carries a cache, `Program.step`. `fuse` adds what only pays where memory
-    bandwidth is the limit: a GPU.
+    bandwidth is the limit: a GPU. `latent` lets layers cache what their keys and values are made of, as `CacheLatent`.
     """
     first: tuple[Pass, ...] = (LocateCache(),) if own_cache else ()
     fusions: tuple[Pass, ...] = (FuseProjections(),) if fuse else ()
@@ -30,10 +39,11 @@ def pipeline(
         Normalize(),
         LocateAttention(),
         FoldRepeatKV(),
+        CacheLatent(latent),
         ContentMasks(),
         ClassifyMasks(),
         RewritePositions(),
         InsertState(),
-        InsertAttention(decay, peak),
+        InsertAttention(decay, peak, per_head),
         *fusions,
     )

@@ -45,6 +45,10 @@ def refuse_what_has_no_contiguous_form(program: Program) -> None:
     if program.stateful:
         names = ", ".join(call.name for call in program.stateful)
         raise UnsupportedGraphError(f"recurrent state cannot be exported: {names} keep some", hint=hint)
+    if apart := [site for site in program.sites if site.keep_sets > 1]:
+        raise UnsupportedGraphError(
+            "keep-sets of each KV head cannot be exported", layer=apart[0].layer, hint="Choose a policy by layer"
+        )
     content = [site for site in program.sites if site.content or site.columns]
     if content:
         layers = ", ".join(str(site.layer) for site in content)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
@@ -11,6 +12,7 @@ from torch import fx
 from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.passes.base import Note, PassResult, refuse
 from lethe_compile.passes.check import fake_mode_of
+from lethe_compile.passes.keep_sets import HeadRows
 from lethe_compile.passes.program import (
     CACHED_OP,
     COLUMNS_OP,
@@ -24,6 +26,7 @@ from lethe_compile.passes.program import (
     same_size,
     shape_of,
     source_of,
+    with_cache_groups,
     with_caches,
 )
 from lethe_compile.passes.reading import sizes_of
@@ -41,6 +44,8 @@ class InsertAttention:
     ``attention_site(q, k, v, None, sinks, None, scale, softcap, window, layer)``  =>
     ``attention(q, k, v, k_pages, v_pages, slot_position, slot_mass, page_table, length, positions, new_lengths, …)``
 
+    Where values are channels of the keys, as `CacheLatent` makes them, there are no `v_pages`: None.
+
     ``columns_site(x, seen, layer, offset)``  =>  ``columns(x, k_pages, …, seen, …)``, x cached behind the key
     ``visible_site(ids, seen, …)``  =>  ``visible(slot_position, …, seen, …)``
 
@@ -55,10 +60,14 @@ class InsertAttention:
     would be by an attention that went unrecognised.
 
     `decay` is RASR's gamma, None tracks no attention mass; `peak` scores by the largest probability instead of the sum.
+
+    With `per_head`, each KV head keeps tokens of its own: around the op it is a row of the cache, see `keep_sets`.
+    Masks by content are refused then: they are computed once a layer, from what the layer retains.
     """
 
     decay: float | None = None
     peak: bool = False
+    per_head: bool = False
 
     name: ClassVar[str] = "insert-attention"
 
@@ -67,19 +76,45 @@ class InsertAttention:
         for site in program.sites:
             if site.mask is None:
                 raise refuse("its mask was not classified", program, site.layer)
-        program = replace(program, sites=with_caches(program.sites))
-        state = _add_inputs(program)
+        sites = with_caches(program.sites)
+        if self.per_head:
+            sites = with_cache_groups(_split(program, sites))
+        program = replace(program, sites=sites)
+        state = _add_inputs(program, max(site.keep_sets for site in sites))
         columns = _columns(program, state)
-        sites = []
+        heads = HeadRows(program, state["positions"], state["new_lengths"]) if self.per_head else None
+        inserted = []
         for site in program.sites:
-            node = _insert(program, site, state, columns.get(site.layer, []), (self.decay, self.peak))
-            sites.append(replace(site, node=node))
+            node = _insert(program, site, state, columns.get(site.layer, []), (self.decay, self.peak), heads)
+            inserted.append(replace(site, node=node))
             owner = f", the cache of layer {program.caches[site.cache].layer}" if site.shares else ""
             notes.append(Note(node.name, f"cached in pool {site.cache_group}{owner}", site.layer))
         remove_dead(program.graph)
         _refuse_token_matrices(program)
         program.module.recompile()
-        return PassResult(replace(program, sites=tuple(sites)), tuple(notes))
+        return PassResult(replace(program, sites=tuple(inserted)), tuple(notes))
+
+
+def _split(program: Program, sites: Sequence[Site]) -> list[Site]:
+    """Sites each of whose KV heads keeps tokens of its own."""
+    for site in sites:
+        if site.content:
+            reason = (
+                "its mask depends on the content of the sequence: it is computed once from what the layer retains, and"
+                " a policy that keeps other tokens for each KV head leaves no such set"
+            )
+            hint = 'a policy that keeps the same tokens for all KV heads, such as "lethe", prunes this model'
+            raise refuse(reason, program, site.layer, hint)
+    return [replace(site, keep_sets=site.kv_heads) for site in sites]
+
+
+def set_score(program: Program, decay: float | None, peak: bool) -> None:
+    """Change what the cached attentions of a finished program keep as scores; `decay`, `peak` as `InsertAttention`."""
+    names = [argument.name for argument in CACHED_OP._schema.arguments]
+    for node in program.graph.find_nodes(op="call_function", target=CACHED_OP):
+        for name, value in (("decay", decay), ("peak", peak)):
+            node.update_arg(names.index(name), value)
+    program.module.recompile()
 
 
 def _refuse_token_matrices(program: Program) -> None:
@@ -115,20 +150,23 @@ def _drop_padding(program: Program) -> list[Note]:
     return notes
 
 
-def _add_inputs(program: Program) -> dict[str, fx.Node]:
-    """The new placeholders by name, with example values for shape propagation."""
+def _add_inputs(program: Program, keep_sets: int) -> dict[str, fx.Node]:
+    """The new placeholders by name, with example values for shape propagation, and `positions`."""
     rows, layers = shape_of(program.input_ids)[0], len(program.caches)
     dtype = program.sites[0].node.meta["val"].dtype
     shapes: dict[str, tuple[tuple[Any, ...], torch.dtype]] = {"new_lengths": ((rows,), torch.int32)}
     for site in program.sites:
-        pool = (_PAGES, site.kv_heads, _PAGE)
-        shapes[f"k_pages_{site.cache_group}"] = ((*pool, site.k_dim + site.columns), dtype)
-        shapes[f"v_pages_{site.cache_group}"] = ((*pool, site.v_dim), dtype)
+        kv_heads, k_dim, v_dim, in_keys = site.geometry
+        shapes[f"k_pages_{site.cache_group}"] = ((_PAGES, kv_heads, _PAGE, k_dim), dtype)
+        if not in_keys:
+            shapes[f"v_pages_{site.cache_group}"] = ((_PAGES, kv_heads, _PAGE, v_dim), dtype)
         shapes[f"slot_position_{site.cache_group}"] = ((_PAGES, _PAGE), torch.int32)
         shapes[f"slot_mass_{site.cache_group}"] = ((_PAGES, _PAGE), torch.float32)
-    shapes["page_table"] = ((layers, rows, _MAX_PAGES), torch.int32)
-    shapes["length"] = ((layers, rows), torch.int32)
-    nodes: dict[str, fx.Node] = {}
+    shapes["page_table"] = ((layers, rows * keep_sets, _MAX_PAGES), torch.int32)
+    shapes["length"] = ((layers, rows * keep_sets), torch.int32)
+    positions = program.placeholder("positions")
+    assert positions is not None, "rewrite-positions makes it an input"
+    nodes = {"positions": positions}
     for name, (shape, kind) in shapes.items():
         if (known := program.placeholder(name)) is not None:  # state of another kind needs `new_lengths` too
             nodes[name] = known
@@ -143,7 +181,7 @@ def _add_inputs(program: Program) -> dict[str, fx.Node]:
 def _columns(program: Program, state: dict[str, fx.Node]) -> dict[int, list[fx.Node]]:
     """Replace what masks read of earlier tokens by reads of the cache; by layer, the values to cache, in order."""
     found: dict[int, list[fx.Node]] = {}
-    graph, shared = program.graph, (state["page_table"], state["length"], program.placeholder("positions"))
+    graph, shared = program.graph, (state["page_table"], state["length"], state["positions"])
     for node in list(graph.nodes):
         if not is_call(node, COLUMNS_SITE_OP, VISIBLE_SITE_OP):
             continue
@@ -189,21 +227,29 @@ def _insert(
     state: dict[str, fx.Node],
     columns: list[fx.Node],
     score: tuple[float | None, bool],
+    heads: HeadRows | None,
 ) -> fx.Node:
-    _, _, value, _, sinks, bias, *_ = site.node.args
-    assert site.mask is not None
+    """The cached op in the site's place, over KV heads as rows where `heads` are given."""
+    value, sinks, bias = (cast("fx.Node | None", site.node.args[place]) for place in (2, 4, 5))
+    assert site.mask is not None and value is not None
     mask, slopes = site.mask, _slopes(program, site)
-    group = site.cache_group
-    pool = [state[f"{name}_{group}"] for name in ("k_pages", "v_pages", "slot_position", "slot_mass")]
-    tables = [state["page_table"], state["length"], program.placeholder("positions"), state["new_lengths"]]
+    pool = [state.get(f"{name}_{site.cache_group}") for name in ("k_pages", "v_pages", "slot_position", "slot_mass")]
+    positions, new_lengths = state["positions"], state["new_lengths"]
     bands = (site.scale, mask.window, mask.chunked, site.softcap, site.cache)
-    options: tuple[Any, ...] = (sinks, slopes, *bands, *score, site.shares, *([bias] if site.content else []))
     with program.graph.inserting_before(site.node):
         query, key = _with_columns(program, site, columns)
+        if heads is not None:
+            query, key, value = (heads.rows(site, operand) for operand in (query, key, value))
+            sinks, slopes = (heads.learned(site, operand) for operand in (sinks, slopes))
+            positions, new_lengths = heads.positions, heads.new_lengths(site)
+        tables = (state["page_table"], state["length"], positions, new_lengths)
+        options = (sinks, slopes, *bands, *score, site.shares, *([bias] if site.content else []))
         node = program.graph.call_function(CACHED_OP, (query, key, value, *pool, *tables, *options))
-    node.meta.update(site.node.meta)
-    node.meta.pop("lethe_operands", None)
-    site.node.replace_all_uses_with(node)
+        result = node if heads is None else heads.back(site, node)
+    for made in {node, result}:
+        made.meta.update({key: known for key, known in site.node.meta.items() if key not in ("val", "lethe_operands")})
+    result.meta["val"] = site.node.meta["val"]
+    site.node.replace_all_uses_with(result)
     program.graph.erase_node(site.node)
     return node
 

@@ -66,14 +66,22 @@ class Site:
     slopes: tuple[float, ...] | None = None  # ALiBi's, one a head: a score falls by slope * (q - p)
     content: bool = False  # the bias is an operand by position, computed from the tokens of the sequence
     columns: int = 0  # numbers cached beside each key for that
+    latent: bool = False  # its values are the first `v_dim` channels of its keys, and stored with them alone
+    alternative: int | None = None  # numbers a token of the form, latent or expanded, that was not chosen
     cache_group: int = 0  # which page pool: layers of one geometry share one
     cache: int = 0  # which cache, of those that layers have of their own
     shares: bool = False  # it attends to the cache of an earlier layer, whose keys and values are its own too
+    keep_sets: int = 1  # rows of the cache that one sequence has in it: 1, or one for each KV head
 
     @property
-    def geometry(self) -> tuple[int, int, int]:
-        """(KV heads, numbers a key, numbers a value) as they are cached."""
-        return self.kv_heads, self.k_dim + self.columns, self.v_dim
+    def geometry(self) -> tuple[int, int, int, bool]:
+        """(KV heads, numbers a key, numbers a value, whether these are the key's first) of one row, as cached."""
+        return self.kv_heads // self.keep_sets, self.k_dim + self.columns, self.v_dim, self.latent
+
+    @property
+    def numbers(self) -> int:
+        """Cached of each token as keys and values."""
+        return self.kv_heads * (self.k_dim + (0 if self.latent else self.v_dim))
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,7 @@ class Program:
 
 def with_cache_groups(sites: Sequence[Site]) -> tuple[Site, ...]:
     """Number the page pools: layers of one KV geometry share a pool."""
-    groups: dict[tuple[int, int, int], int] = {}
+    groups: dict[tuple[int, int, int, bool], int] = {}
     return tuple(replace(s, cache_group=groups.setdefault(s.geometry, len(groups))) for s in sites)
 
 

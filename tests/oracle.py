@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from transformers.modeling_utils import AttentionInterface
 import lethe_compile as lethe
 from lethe_compile.models.plain_decoder import PlainDecoder
 from lethe_compile.models.static_decoder import StaticDecoder
-from lethe_compile.runtime import Round
+from lethe_compile.tools._replay import Evictions
 
 PRUNING = {
     "lethe": lethe.LetheConfig(
@@ -34,30 +35,23 @@ PRUNING = {
     ),
 }
 
-
-class Recorder:
-    """For each layer and row, by position of an evicted token, the first position whose query does not see it."""
-
-    def __init__(self) -> None:
-        self.evicted: dict[tuple[int, int], dict[int, int]] = {}
-
-    def __call__(self, event: Round) -> None:
-        position, keep, following = event.position.cpu(), event.keep.cpu(), event.next_position.tolist()
-        for row, first in enumerate(following):
-            gone = position[row][(position[row] >= 0) & ~keep[row]].tolist()
-            self.evicted.setdefault((event.layer, row), {}).update(dict.fromkeys(gone, first))
-
-    def visible(self, layer: int, row: int, tokens: int, device: torch.device) -> Tensor:
-        """[tokens, tokens] bool of what evictions leave visible; causality is the model's own business."""
-        query = torch.arange(tokens)
-        mask = torch.ones(tokens, tokens, dtype=torch.bool)
-        for position, first in self.evicted.get((layer, row), {}).items():
-            mask[query >= first, position] = False
-        return mask.to(device)
+_RANKED = ("streaming", "h2o", "tova", "snapkv", "pyramid", "morph", "rkv", "random")
+POLICIES = {
+    **{
+        name: lethe.LetheConfig(
+            policy=name, sink_tokens=2, prune_interval=4, max_tokens=24, page_size=4, protect_prompt=index % 2 == 0
+        )
+        for index, name in enumerate(_RANKED)
+    },
+    "lethe-budgets": replace(PRUNING["lethe"], policy="lethe-budgets"),
+    "lethe-rasr": replace(PRUNING["capped"], policy="lethe-rasr", page_size=4),
+    "lethe-uniform": replace(PRUNING["lethe"], policy="lethe-uniform", budget=0.6),
+}
+"""A config for each of the other policies."""
 
 
 @contextmanager
-def hidden_in_transformers(recorder: Recorder, row: int) -> Iterator[None]:
+def hidden_in_transformers(evictions: Evictions, row: int) -> Iterator[None]:
     """The n-th eager attention of a forward of transformers also hides what was evicted from layer n.
 
     Layers of another kind have no eager attention, and modules that several layers share have no number of their own.
@@ -72,8 +66,8 @@ def hidden_in_transformers(recorder: Recorder, row: int) -> Iterator[None]:
         scores = query @ key.transpose(2, 3) * scaling
         if options.get("softcap"):
             scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
-        visible = recorder.visible(next(calls), row, query.shape[2], query.device)
-        scores = (scores + mask).masked_fill(~visible, -torch.inf)
+        hidden = evictions.hidden(next(calls), row, query.shape[2], query.shape[1])
+        scores = (scores + mask).masked_fill(hidden.to(query.device), -torch.inf)
         return (scores.softmax(-1) @ value).transpose(1, 2), None
 
     AttentionInterface.register("eager", attention)
@@ -84,14 +78,14 @@ def hidden_in_transformers(recorder: Recorder, row: int) -> Iterator[None]:
 
 
 @contextmanager
-def hidden_in_sdpa(recorder: Recorder, row: int) -> Iterator[None]:
+def hidden_in_sdpa(evictions: Evictions, row: int) -> Iterator[None]:
     """The n-th scaled_dot_product_attention of a forward hides what was evicted from layer n."""
     calls = iter(range(10_000))
 
     def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         tokens, mask = q.shape[2], attn_mask
         causal = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril() if mask is None else mask
-        visible = causal & recorder.visible(next(calls), row, tokens, q.device)
+        visible = causal & ~evictions.hidden(next(calls), row, tokens, q.shape[1]).to(q.device)
         return (q @ k.mT * q.shape[3] ** -0.5).masked_fill(~visible, -torch.inf).softmax(-1) @ v
 
     with pytest.MonkeyPatch.context() as patch:
@@ -101,27 +95,27 @@ def hidden_in_sdpa(recorder: Recorder, row: int) -> Iterator[None]:
 
 def generate(
     model: Any, config: lethe.LetheConfig, new_tokens: int = 60, backend: str = "auto"
-) -> tuple[Any, Any, Recorder, list[int]]:
+) -> tuple[Any, Any, Evictions, list[int]]:
     """Optimize and generate from three ragged prompts: (model, output, recorded evictions, prompt lengths)."""
     fast = lethe.optimize(model, config, verified=False, backend=backend)
-    recorder = Recorder()
-    fast.on_round.append(recorder)
+    evictions = Evictions()
+    fast.on_round.append(evictions)
     ids = torch.randint(3, 97, (3, 23), generator=torch.Generator().manual_seed(3)).to(fast.device)
     mask = torch.ones_like(ids)
     mask[0, :9], mask[2, :15] = 0, 0
     options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
     out = fast.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, eos_token_id=None, **options)
-    return fast, out, recorder, mask.sum(1).tolist()
+    return fast, out, evictions, mask.sum(1).tolist()
 
 
 @torch.no_grad()
-def replay(model: Any, ids: Tensor, recorder: Recorder, row: int) -> tuple[Tensor, Tensor]:
+def replay(model: Any, ids: Tensor, evictions: Evictions, row: int) -> tuple[Tensor, Tensor]:
     """Logits [T, vocab] of the original over one row's `ids` [1, T]: evicted tokens hidden, and nothing hidden."""
     if isinstance(model, (PlainDecoder, StaticDecoder)):
-        with hidden_in_sdpa(recorder, row):
+        with hidden_in_sdpa(evictions, row):
             replayed: Tensor = _whole(model, ids)
         return replayed, _whole(model, ids)
-    with hidden_in_transformers(recorder, row):
+    with hidden_in_transformers(evictions, row):
         replayed = model(ids).logits[0]
     return replayed, model(ids).logits[0]
 
@@ -147,13 +141,13 @@ def assert_original_agrees(
     With `evictions_show` the evictions must change the logits too: without that, agreement proves little. With `step`,
     a decode step of the model that was captured with a cache of its own, that is what is optimized.
     """
-    fast, out, recorder, prompts = generate(model if step is None else step, config, backend=backend)
+    fast, out, evictions, prompts = generate(model if step is None else step, config, backend=backend)
     rounds = fast.cache_stats().rounds
     assert all(min(layer) >= 2 for layer in rounds), "every layer and row must have been pruned repeatedly"
     logits = torch.stack(out.logits, dim=1)  # [rows, new, vocab]
     for row, prompt in enumerate(prompts):
         ids = out.sequences[row : row + 1, -prompt - logits.shape[1] :]
-        expected, full = (one[prompt - 1 : -1] for one in replay(model, ids, recorder, row))
+        expected, full = (one[prompt - 1 : -1] for one in replay(model, ids, evictions, row))
         torch.testing.assert_close(logits[row], expected, rtol=tolerance, atol=tolerance)
         if evictions_show:
             assert (full - expected).abs().max() > 1e-2, "evictions must change the logits to prove anything"

@@ -593,11 +593,39 @@ def test_tokens_from_elsewhere_are_packed_in_order(contiguous: bool) -> None:
                 pages = state[f"{name}_{layer}"][state["page_table"][layer, row].long()]  # [pages, heads, page, size]
                 packed = pages.transpose(0, 1).flatten(1, 2)[:, :held]
                 assert torch.equal(packed, tensor[row][:, real])
+            keys = cache.keys(layer)[row]  # [N, heads, k_dim]
+            assert torch.equal(keys[:held], given[layer][0][row][:, real].transpose(0, 1))
+            assert not keys[held:].any(), "whatever a page holds behind the last token"
+    state["slot_mass_0"].fill_(2.0)
+    state["slot_mass_1"].fill_(3.0)
+    cache.clear_mass()
+    assert not cache.scores()[0].any()
     with pytest.raises(InputError, match="fewer were reserved"):
         cache.load(0, torch.zeros(3, 2, 4, 3), torch.zeros(3, 2, 4, 5), torch.arange(4).expand(3, 4))
 
 
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_values_in_keys_take_no_pool_of_their_own(contiguous: bool) -> None:
+    cache = KVCache([Geometry(1, 6, 4, True)], page_size=4, dtype=torch.float32, device="cpu", contiguous=contiguous)
+    cache.begin(2)
+    cache.reserve(9)
+    names = [name for name in cache.inputs() if name.endswith("_0")]
+    assert names == ["k_pages_0", "slot_position_0", "slot_mass_0"]
+    keys, position = torch.randn(2, 1, 9, 6), torch.arange(9).repeat(2, 1)
+    cache.load(0, keys, keys[..., :4], position)
+    assert cache.bytes_in_use == 2 * 3 * 4 * 6 * 4, "rows, pages, slots, numbers, bytes"
+    keep = position[None] % 2 == 0
+    cache.compact(keep)
+    state = cache.inputs()
+    for row in range(2):
+        slots = torch.arange(5)
+        pages = state["page_table"][0, row, slots // 4].long()
+        assert torch.equal(state["k_pages_0"][pages, 0, slots % 4], keys[row, 0, ::2])
+    assert cache.bytes_freed == 2 * 1 * 4 * 6 * 4
+
+
 def test_geometry_counts_keys_and_values_only() -> None:
+    assert Geometry(1, 576, 512, True).bytes_per_token(torch.bfloat16) == 1152
     assert Geometry(8, 128, 128).bytes_per_token(torch.bfloat16) == 4096
     assert Geometry(1, 576, 512).bytes_per_token(torch.float32) == 4352
 

@@ -15,6 +15,7 @@ from lethe_compile.errors import ConfigError, LetheError, UnsupportedGraphError,
 
 REFUSED: dict[str, list[Any]] = {
     "policy": ["", None, 3, True],
+    "policy_options": [None, "importance=1", 3, [("a", 1)], {1: 2}],
     "sparse_ratio": [1, 1.0, 0.5, -400.0, math.nan, math.inf, "400", True, None],
     "recent_ratio": [-0.1, 1.01, math.nan, "0.3", False, None],
     "segments": [1, 0, -8, 1025, 8.0, True, "8", None],
@@ -24,14 +25,16 @@ REFUSED: dict[str, list[Any]] = {
     "prune_threshold": [0, -128, 128.0, True, "128", None],
     "prune_interval": [0, -1, 32.0, True],
     "max_tokens": [0, -1, 43, 512.0, True, "512"],  # 43 = 32 + 4 + 8 - 1
-    "budget": [0, -1, 4096.0, True, "4096"],
+    "budget": [0, -1, 4096.0, 0.0, -0.5, math.nan, True, "4096", "0B", "64 mib", "MiB", "-1MiB", "0.1B"],
     "paper_literal": [0, 1, "yes", None],
     "protect_prompt": [0, 1, "no", None],
+    "cache_latent": [0, 1, "no", None],
     "page_size": [0, 3, 12, 512, -16, 16.0, True],
 }
 
 ACCEPTED: dict[str, list[Any]] = {
     "policy": ["full", "mine"],
+    "policy_options": [{}, {"importance": 0.1}],
     "sparse_ratio": [1.01, 2, 1e30],
     "recent_ratio": [0, 0.0, 1, 1.0],
     "segments": [2, 1024],
@@ -41,9 +44,10 @@ ACCEPTED: dict[str, list[Any]] = {
     "prune_threshold": [1, 10**9],
     "prune_interval": [None, 1, 10**6],
     "max_tokens": [None, 44, 10**9],
-    "budget": [None, 1, 10**12],
+    "budget": [None, 1, 10**12, 0.125, 1.0, "64MiB", "1.5 GB", "800kB", "7B"],
     "paper_literal": [True, False],
     "protect_prompt": [True, False],
+    "cache_latent": [True, False],
     "page_size": [1, 2, 16, 256, None],
 }
 

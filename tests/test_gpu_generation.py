@@ -1,7 +1,7 @@
 """Whole generations on a GPU: identity without pruning, the eviction oracle with it, ends of rows, repeatability.
 
 On a CPU the same bodies run under ``-m slow``. Compiling a model for CUDA graphs takes most of a minute, and what it
-adds is the same for all: three architectures go that way, the others run the same kernels node by node.
+adds is the same for all: four architectures go that way, the others run the same kernels node by node.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch import Tensor
 import lethe_compile as lethe
 from lethe_compile.models.plain_decoder import plain
 from lethe_compile.models.tiny import CONFIGS, tiny
+from tests import per_head
 from tests.oracle import PRUNING, assert_original_agrees
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
-GRAPHED = ("llama", "gemma2", "gemma3n_text")
+GRAPHED = ("llama", "gemma2", "gemma3n_text", "deepseek_v3")  # the last caches latents
 
 
 def backend(name: str) -> str:
@@ -43,7 +44,7 @@ def ragged(rows: int, tokens: int, device: torch.device) -> dict[str, Tensor]:
     return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "gpt2", "gemma3n_text"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "gpt2", "gemma3n_text", "deepseek_v3"])
 def test_tokens_are_those_of_transformers(name: str, device: torch.device) -> None:
     model = tiny(name).to(device)
     fast = lethe.optimize(model, lethe.LetheConfig(policy="full"), backend=backend(name))
@@ -56,12 +57,25 @@ def test_tokens_are_those_of_transformers(name: str, device: torch.device) -> No
 
 
 @pytest.mark.parametrize("pruning", PRUNING)
-@pytest.mark.parametrize("name", [*CONFIGS, "gemma3n_text", "plain"])
+@pytest.mark.parametrize("name", [*CONFIGS, "gemma3n_text", "deepseek_v3", "plain"])
 def test_pruned_logits_match_the_oracle(name: str, pruning: str, device: torch.device) -> None:
     model: Any = (plain() if name == "plain" else tiny(name)).to(device)
     choice = backend(name) if pruning == "lethe" else "eager"
     shows = pruning != "literal" and name != "mistral"  # a windowed layer may lose only what it cannot see
     assert_original_agrees(model, PRUNING[pruning], tolerance=1e-3, evictions_show=shows, backend=choice)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "bloom", "mimo_v2_flash"])
+def test_kv_heads_with_tokens_of_their_own(name: str, device: torch.device) -> None:
+    """Tokens of transformers without eviction, and the original under a mask per head with it; llama by CUDA graphs."""
+    model = tiny(name).to(device)
+    fast = lethe.optimize(model, per_head.CONFIG, backend="auto" if name == "llama" else "eager")
+    with fast.unpruned():
+        prompt, options = ragged(3, 14, device), {**GREEDY, "max_new_tokens": 40, "eos_token_id": None}
+        assert fast.generate(**prompt, **options).tolist() == model.generate(**prompt, **options).tolist()
+    evictions = per_head.assert_replay_agrees(model, fast, tolerance=1e-3)
+    assert all(min(layer) >= 2 for layer in fast.cache_stats().rounds), "every layer and row, repeatedly"
+    assert evictions.first[1, 1, 0] != evictions.first[1, 1, 1] and fast.cache.bytes_in_use == 0
 
 
 def ended(rows: list[list[int]], ends: tuple[int, ...]) -> list[list[int]]:

@@ -24,7 +24,7 @@ TOP_LEVEL = {
 }
 GENERATED = ("build", "dist", "*.egg-info", "__pycache__")  # ignored by git, and no part of the tree
 
-# tools → lethe_compile → passes → kernels → base, which is config and errors. The models stand aside: the tools
+# tools → lethe_compile → passes → kernels → base, which is config, errors, settings. Models stand aside: the tools
 # load them, and the compiler never sees them.
 MAY_IMPORT = {
     "tools": {"tools", "lethe_compile", "passes", "kernels", "models", "base"},
@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "models": {"models", "base"},
     "base": {"base"},
 }
-BASE = {"config", "errors"}
+BASE = {"config", "errors", "settings"}
 SHELL = {"cli", "__main__"}  # the command line lives in the package but belongs with the tools
 
 

@@ -80,7 +80,7 @@ def test_the_replay_hides_what_was_evicted() -> None:
     with torch.no_grad():
         plain = run(ids)[0]
     assert torch.equal(replay(run, ids, evictions, 0), plain)
-    evictions.first[1, 0] = {4: 9}
+    evictions.first[1, 0, 0] = {4: 9}
     hidden = replay(run, ids, evictions, 0)
     assert torch.equal(hidden[:9], plain[:9]) and (hidden[9:] - plain[9:]).abs().amax(1).min() > 1e-4
     assert torch.equal(replay(run, ids, evictions, 1), plain)

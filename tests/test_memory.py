@@ -22,7 +22,9 @@ from lethe_compile.models.tiny import tiny
 from lethe_compile.policies import Policy, make_policy
 from lethe_compile.policies.base import RoundState
 from lethe_compile.states import States
-from tests.oracle import Recorder, replay
+from tests import per_head  # noqa: F401  (registers its policies)
+from tests.oracle import Evictions, replay
+from tests.passes.toy import Toy, causal
 
 CONFIG = lethe.LetheConfig(sparse_ratio=1e9, prune_threshold=16, prune_interval=4, page_size=4)
 FLOOR = CONFIG.cap_floor
@@ -31,6 +33,13 @@ FLOOR = CONFIG.cap_floor
 @pytest.fixture(scope="module")
 def fast() -> lethe.OptimizedModel:
     return lethe.optimize(tiny("llama"), CONFIG, verified=False)
+
+
+@pytest.fixture(scope="module")
+def headed() -> lethe.OptimizedModel:
+    """Of two KV heads and one, each with tokens of its own."""
+    model = Toy(causal, lambda toy, query, key, value: causal(toy, query, key[:, :1], value[:, :1]))
+    return lethe.optimize(model, CONFIG, policy="lethe-per-head", verified=False)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +52,7 @@ def prompts(rows: int = 3, tokens: int = 12) -> Tensor:
 
 
 def least_bytes(fast: lethe.OptimizedModel, rows: int, prompt: int, new_tokens: int) -> int:
-    least = fast.policy.least_tokens(np.full(rows, prompt), new_tokens, fast.windows)
+    least = fast.policy.least_tokens(np.full(rows, prompt), new_tokens, fast._windows)
     return fast.cache.bytes_for(least)
 
 
@@ -130,8 +139,8 @@ def test_a_generation_under_pressure_ends_and_the_original_agrees() -> None:
     model = tiny("llama")
     fast = lethe.optimize(model, replace(CONFIG, protect_prompt=False), verified=False, kv_memory=1)
     fast.kv_memory = least_bytes(fast, 3, 12, 60)
-    recorder = Recorder()
-    fast.on_round.append(recorder)
+    evictions = Evictions()
+    fast.on_round.append(evictions)
     options: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     out = fast.generate(prompts(), max_new_tokens=60, eos_token_id=None, **options)
     stats = fast.cache_stats()
@@ -140,7 +149,7 @@ def test_a_generation_under_pressure_ends_and_the_original_agrees() -> None:
     assert fast.cache.stats()["pool_bytes"] <= fast.kv_memory
     logits = torch.stack(out.logits, dim=1)
     for row in range(3):
-        expected, unpruned = (one[11:-1] for one in replay(model, out.sequences[row : row + 1], recorder, row))
+        expected, unpruned = (one[11:-1] for one in replay(model, out.sequences[row : row + 1], evictions, row))
         torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
         assert (expected - unpruned).abs().max() > 1e-2
 
@@ -193,9 +202,8 @@ def test_a_device_without_memory_for_more_makes_rounds_prune_harder(
 
 def scattered(fast: lethe.OptimizedModel, config: lethe.LetheConfig) -> KVCache:
     """A cache laid out as on a GPU."""
-    return KVCache(
-        fast._geometries(), page_size=config.page_size_on("cpu"), dtype=torch.float32, device="cpu", contiguous=False
-    )
+    options = {"page_size": config.page_size_on("cpu"), "dtype": torch.float32, "device": "cpu"}
+    return KVCache(fast._geometries(), **options, contiguous=False, keep_sets=fast._keep_sets)
 
 
 class Driven:
@@ -218,8 +226,9 @@ class Driven:
         last: Tensor | None = None,
     ) -> Tensor:
         assert int(positions.max()) < furthest
-        state = cache.inputs()
-        rows, steps = ids.shape
+        state, sets = cache.inputs(), cache.keep_sets
+        positions, new_lengths = sets.spread(positions), sets.spread(new_lengths)
+        rows, steps = positions.shape
         for layer, geometry in enumerate(self.fast._geometries()):
             g = cache.pool_of_layer[layer]
             k, v, position, mass = (
@@ -228,11 +237,12 @@ class Driven:
             key = torch.zeros(rows, geometry.num_kv_heads, steps, geometry.k_dim)
             value = torch.zeros(rows, geometry.num_kv_heads, steps, geometry.v_dim)
             table, length = state["page_table"][layer], state["length"][layer]
-            append(key, value, k, v, position, mass, table, length, positions, new_lengths)
+            new = new_lengths * torch.from_numpy(sets.there(rows)[layer])
+            append(key, value, k, v, position, mass, table, length, positions, new)
             mass.copy_(torch.rand(mass.shape, generator=self.generator) ** 4)
-            length += new_lengths
+            length += new
         self.check(cache, state)
-        return torch.zeros(rows, steps if last is None else 1, 1)
+        return torch.zeros(len(ids), steps if last is None else 1, 1)
 
     def check(self, cache: KVCache, state: dict[str, Tensor]) -> None:
         """Each page has one owner, every token lies on a page its row holds, and the limit holds."""
@@ -278,6 +288,7 @@ class Driven:
 def test_what_was_admitted_never_runs_out_of_pages(
     fast: lethe.OptimizedModel,
     windowed: lethe.OptimizedModel,
+    headed: lethe.OptimizedModel,
     lengths: list[int],
     new_tokens: int,
     slack: int,
@@ -288,14 +299,16 @@ def test_what_was_admitted_never_runs_out_of_pages(
     contiguous: bool,
     data: st.DataObject,
 ) -> None:
-    config = replace(CONFIG, page_size=page, prune_interval=interval, policy=policy, paper_literal=literal)
-    model = data.draw(st.sampled_from([fast, windowed]))
+    model = data.draw(st.sampled_from([fast, windowed, headed]))
+    kind = policy if model is not headed else f"{policy}-per-head"
+    config = replace(CONFIG, page_size=page, prune_interval=interval, policy=kind, paper_literal=literal)
     last = data.draw(st.lists(st.integers(0, new_tokens), min_size=len(lengths), max_size=len(lengths)))
     saved = dict(vars(model))
     try:
         driven = Driven(model, config, contiguous, seed=len(lengths))
         assert model.cache.page_size == page
-        least = model.policy.least_tokens(np.array(lengths), new_tokens, model.windows)
+        rows = model._keep_sets.repeat(np.array(lengths))
+        least = model.policy.least_tokens(rows, new_tokens, model._windows)
         model.kv_memory = model.cache.bytes_for(least) + slack
         driven.generate(torch.tensor(lengths), new_tokens, last)
         assert model.cache.bytes_in_use == 0

@@ -30,7 +30,7 @@ from lethe_compile.models.plain_decoder import PlainConfig, PlainDecoder
 from lethe_compile.models.static_decoder import StaticDecoder
 from lethe_compile.models.tiny import tiny
 from lethe_compile.torch_backend.static import Sessions
-from tests.oracle import PRUNING, Recorder, replay
+from tests.oracle import PRUNING, Evictions, replay
 
 ROOT = Path(__file__).parents[1]
 UNPRUNED = {"policy": "full"}
@@ -184,10 +184,10 @@ def assert_pruned_as_the_oracle(model: Any, static: dict[str, Any]) -> list[Any]
     """Generate, prune, and replay every row on the original; returns the layers of generate's static cache."""
     ids, mask = (tensor.to(model.device) for tensor in prompts())
     generate(model, ids, mask, 60, **static)  # so that there is a model to watch
-    fast, recorder, before = torch_backend.optimized(model), Recorder(), graphs()
-    fast.on_round.append(recorder)
+    fast, evictions, before = torch_backend.optimized(model), Evictions(), graphs()
+    fast.on_round.append(evictions)
     out = generate(model, ids, mask, 60, return_dict_in_generate=True, output_logits=True, **static)
-    fast.on_round.remove(recorder)
+    fast.on_round.remove(evictions)
     assert graphs() == before
     logits = torch.stack(out.logits, dim=1)
     stats = fast.cache_stats()
@@ -197,7 +197,7 @@ def assert_pruned_as_the_oracle(model: Any, static: dict[str, Any]) -> list[Any]
     for row, prompt in enumerate(mask.sum(1).tolist()):
         sequence = out.sequences[row : row + 1, -prompt - logits.shape[1] :]
         with torch.compiler.set_stance("force_eager"):
-            expected, full = (one[prompt - 1 : -1] for one in replay(model, sequence, recorder, row))
+            expected, full = (one[prompt - 1 : -1] for one in replay(model, sequence, evictions, row))
         torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
         assert (full - expected).abs().max() > 1e-2
     layers: list[Any] = out.past_key_values.layers

@@ -46,7 +46,7 @@ def _lethe(bench: Bench, fast: OptimizedModel, new_tokens: int) -> Row:
     """The admitted batch, taken to its cap and some rounds on: the pool must stay within its limit."""
     assert isinstance(fast.kv_memory, int) and fast.config.max_tokens is not None
     interval, cap = fast.config.interval, fast.config.max_tokens
-    batch = largest_batch(fast, cap)
+    batch, heads = largest_batch(fast, cap), fast.cache.keep_sets.heads
     bench.say(f"memory: {batch} sequences past {cap} tokens")
     active = torch.ones(batch, dtype=torch.bool, device=fast.device)
     tokens = torch.zeros(batch, dtype=torch.int64, device=fast.device)
@@ -59,7 +59,7 @@ def _lethe(bench: Bench, fast: OptimizedModel, new_tokens: int) -> Row:
             tokens = fast.decode(tokens, active).argmax(dim=-1)
         written = batch * steps if tokens.cpu().numel() else 0  # waits for the device
         seconds = time.perf_counter() - start
-        stats, retained = fast.cache.stats(), float(fast.cache.lengths[:, :batch].mean())
+        stats, retained = fast.cache.stats(), float(fast.cache.lengths[:, : batch * heads].mean())
     finally:
         fast.end()
     return {
@@ -79,9 +79,9 @@ def largest_batch(fast: OptimizedModel, tokens: int) -> int:
 
     Lethe's is counted by its cap, not by the fewer tokens to which it would prune under pressure.
     """
-    budget, layers = fast.kv_memory, len(fast.caches)
+    budget, shape = fast.kv_memory, (len(fast.caches), fast.cache.keep_sets.heads)
     assert isinstance(budget, int)
-    one = fast.cache.bytes_for(np.full((layers, 1), tokens, np.int64))  # every sequence takes whole pages of its own
+    one = fast.cache.bytes_for(np.full(shape, tokens, np.int64))  # every sequence takes whole pages of its own
     if one > budget:
         raise InputError(f"not even one sequence of {tokens} cached tokens, {one} bytes, fits into {budget} bytes")
     return budget // one

@@ -219,11 +219,13 @@ def _mask(site: Site) -> str:
 
 
 def _features(site: Site) -> Iterator[str]:
-    if site.kv_heads == 1 < site.heads:
+    if site.kv_heads == 1 < site.heads and not site.latent:
         yield "MQA"
-    elif site.kv_heads < site.heads:
+    elif site.kv_heads < site.heads and not site.latent:
         yield "GQA"
-    if site.k_dim != site.v_dim:
+    if site.latent:
+        yield "latent cached"
+    elif site.k_dim != site.v_dim:
         yield "v_dim ≠ k_dim"
     if site.softcap is not None:
         yield "softcap"

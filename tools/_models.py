@@ -35,6 +35,44 @@ def load_model(name: str) -> Any:
         raise InputError(f"no model can be loaded from {name!r}: {first} (MODEL is {HELP})") from error
 
 
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of the model that `name` stands for; None for a factory, which has none.
+
+    Raises:
+        InputError: none can be loaded under that name.
+    """
+    if name == REASONER:
+        from lethe_compile.models import reasoner
+
+        return reasoner.load_tokenizer()
+    if ":" in name:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise InputError(f"no tokenizer can be loaded from {name!r}: {first}") from error
+
+
+def count_layers(name: str) -> int | None:
+    """Attention layers by the model's configuration, which is read without its weights; None where it does not say."""
+    from transformers import AutoConfig
+
+    if name == REASONER:
+        from lethe_compile.models import reasoner
+
+        name = str(reasoner.path())
+    if ":" in name:
+        return None
+    try:
+        layers = AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers
+    except (OSError, ValueError, AttributeError):
+        return None  # loading the model says what is wrong, or works regardless
+    return int(layers)
+
+
 def _from_factory(name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:

@@ -16,23 +16,37 @@ from lethe_compile.runtime import Round
 
 
 class Evictions:
-    """Listens to rounds: for each layer and row, by position of an evicted token, the first query that misses it."""
+    """Listens to rounds: what is evicted, and the first query that misses it.
+
+    Attributes:
+        first: for layer, sequence and KV head, the first query's position by that of an evicted token; head 0 stands
+            for all where they keep the same tokens.
+        heads: of layers whose KV heads keep tokens of their own, how many they are.
+    """
 
     def __init__(self) -> None:
-        self.first: dict[tuple[int, int], dict[int, int]] = {}
+        self.first: dict[tuple[int, int, int], dict[int, int]] = {}
+        self.heads: dict[int, int] = {}
 
     def __call__(self, event: Round) -> None:
         position, keep = event.position.cpu(), event.keep.cpu()
+        self.heads[event.layer] = event.heads
         for row, following in enumerate(event.next_position.tolist()):
             gone = position[row][(position[row] >= 0) & ~keep[row]].tolist()
-            self.first.setdefault((event.layer, row), {}).update(dict.fromkeys(gone, following))
+            at = (event.layer, row // event.heads, row % event.heads)
+            self.first.setdefault(at, {}).update(dict.fromkeys(gone, following))
 
-    def hidden(self, layer: int, row: int, tokens: int) -> Tensor:
-        """[tokens, tokens] bool: keys that a query no longer sees."""
-        hidden, query = torch.zeros(tokens, tokens, dtype=torch.bool), torch.arange(tokens)
-        for position, following in self.first.get((layer, row), {}).items():
-            hidden[:, position] = query >= following
-        return hidden
+    def hidden(self, layer: int, row: int, tokens: int, heads: int = 1) -> Tensor:
+        """[1 | heads, tokens, tokens] bool: keys that a query no longer sees.
+
+        For each of `heads` query heads, where KV heads keep tokens of their own.
+        """
+        sets = self.heads.get(layer, 1)
+        hidden, query = torch.zeros(sets, tokens, tokens, dtype=torch.bool), torch.arange(tokens)
+        for head in range(sets):
+            for position, following in self.first.get((layer, row, head), {}).items():
+                hidden[head, :, position] = query >= following
+        return hidden if sets == 1 else hidden.repeat_interleave(heads // sets, dim=0)
 
 
 @torch.no_grad()
@@ -41,8 +55,11 @@ def replay(run: Callable[[Tensor], Tensor], ids: Tensor, evictions: Evictions, r
     tokens = ids.shape[1]
 
     def hide(index: int, scores: Tensor) -> Tensor:
-        hidden = evictions.hidden(index, row, tokens)
+        heads = scores.shape[:-2].numel()  # of one sequence, however they are arranged
+        hidden = evictions.hidden(index, row, tokens, heads)
         padded = torch.nn.functional.pad(hidden, (0, scores.shape[-1] - tokens))
+        if len(padded) > 1:
+            padded = padded.view(scores.shape)
         return scores.masked_fill(padded.to(scores.device), float("-inf"))
 
     with AttentionHook(tokens, hide):

@@ -19,9 +19,10 @@ from lethe_compile.api import optimize
 from lethe_compile.config import LetheConfig
 from lethe_compile.errors import InputError
 from lethe_compile.models import reasoner
+from lethe_compile.prompt import left_padded
 from lethe_compile.report import CacheStats
 from lethe_compile.runtime import OptimizedModel
-from lethe_compile.tools import _models
+from lethe_compile.tools import _models, _policies
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _WIDTH = 24  # characters of a bar
@@ -46,7 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     problems = _problems(options)
     model = _models.load_model(_models.REASONER)
-    config = LetheConfig(**{name: value for name, value in vars(options).items() if name in _CONFIGURABLE})
+    config = LetheConfig(
+        policy=options.policy,
+        policy_options=_policies.options_of(options.policy_option),
+        **{name: value for name, value in vars(options).items() if name in _CONFIGURABLE},
+    )
+    label = "Lethe" if config.policy == "lethe" else config.policy
     console.print(
         f"{options.problems} fresh problems with traces of {options.shortest}–"
         f"{options.longest} tokens; compiling the reasoner …"
@@ -54,12 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     fast = optimize(model, config)
     with fast.unpruned():
         full, _ = _run(fast, problems, "full cache")
-    lethe, stats = _run(fast, problems, "Lethe")
-    console.print(_table(full, lethe, options.problems))
-    console.print(_picture(full, lethe, stats))
+    pruned, stats = _run(fast, problems, label)
+    console.print(_table(full, pruned, options.problems, label))
+    console.print(_picture(full, pruned, stats, label))
     if options.json is not None:
         shared = {name: value for name, value in asdict(full).items() if name != "retained_per_layer"}
-        result = {"problems": options.problems, "full": shared, "lethe": asdict(lethe), "config": config.to_dict()}
+        result = {"problems": options.problems, "full": shared, "lethe": asdict(pruned), "config": config.to_dict()}
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
@@ -75,10 +81,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the problems")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     pruning = parser.add_argument_group("pruning, see LetheConfig")
+    _policies.add_arguments(pruning)
     defaults = LetheConfig()
     for name in _CONFIGURABLE:
         default = getattr(defaults, name)
-        kind = int if default is None else type(default)
+        kind = _policies.budget if name == "budget" else int if default is None else type(default)
         pruning.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"default {default}")
     options = parser.parse_args(argv)
     if options.problems < len(reasoner.FAMILIES):
@@ -103,7 +110,7 @@ def _problems(options: argparse.Namespace) -> list[reasoner.Problems]:
 
 def _run(fast: OptimizedModel, problems: Sequence[reasoner.Problems], label: str) -> tuple[Outcome, CacheStats]:
     """Solve all problems in one batch, greedily."""
-    ids, mask = _batch(problems)
+    ids, mask = left_padded([p.prompt(row) for p in problems for row in range(len(p))])
     width = ids.shape[1]
     longest = max(int(p.trace_lengths.max()) for p in problems)
     Console(stderr=True).print(f"[dim]{label}[/dim]")
@@ -119,31 +126,20 @@ def _run(fast: OptimizedModel, problems: Sequence[reasoner.Problems], label: str
     return outcome, stats
 
 
-def _batch(problems: Sequence[reasoner.Problems]) -> tuple[Tensor, Tensor]:
-    """All prompts left-padded: ids and attention mask [rows, T]."""
-    prompts = [p.prompt(row) for p in problems for row in range(len(p))]
-    width = max(map(len, prompts))
-    ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask
-
-
 def _split(rows: Tensor, problems: Sequence[reasoner.Problems]) -> tuple[Tensor, ...]:
     return torch.split(rows, [len(p) for p in problems])
 
 
-def _table(full: Outcome, lethe: Outcome, problems: int) -> Table:
+def _table(full: Outcome, pruned: Outcome, problems: int, label: str) -> Table:
     table = Table(title=f"{problems} problems", title_justify="left")
-    for column in ("", "full cache", "Lethe", "Lethe : full"):
+    for column in ("", "full cache", label, f"{label} : full"):
         table.add_column(column, justify="left" if not column else "right")
     rows: list[tuple[str, Any, Any, str]] = [
-        ("solved", full.solved, lethe.solved, "d"),
-        ("tokens written", full.new_tokens, lethe.new_tokens, ",d"),
-        ("KV cache, mean MiB", full.kv_bytes_mean / 2**20, lethe.kv_bytes_mean / 2**20, ".2f"),
-        ("KV cache, peak MiB", full.kv_bytes_peak / 2**20, lethe.kv_bytes_peak / 2**20, ".2f"),
-        ("tokens/s", full.tokens_per_s, lethe.tokens_per_s, ",.0f"),
+        ("solved", full.solved, pruned.solved, "d"),
+        ("tokens written", full.new_tokens, pruned.new_tokens, ",d"),
+        ("KV cache, mean MiB", full.kv_bytes_mean / 2**20, pruned.kv_bytes_mean / 2**20, ".2f"),
+        ("KV cache, peak MiB", full.kv_bytes_peak / 2**20, pruned.kv_bytes_peak / 2**20, ".2f"),
+        ("tokens/s", full.tokens_per_s, pruned.tokens_per_s, ",.0f"),
     ]
     for name, left, right, form in rows:
         ratio = f"{right / left:.2f} ×" if left else ""
@@ -151,13 +147,13 @@ def _table(full: Outcome, lethe: Outcome, problems: int) -> Table:
     return table
 
 
-def _picture(full: Outcome, lethe: Outcome, stats: CacheStats) -> Table:
+def _picture(full: Outcome, pruned: Outcome, stats: CacheStats, label: str) -> Table:
     """Tokens retained per layer: the mean beside that of the full cache, and their course from round to round."""
     table = Table(title="tokens retained per layer, mean over sequences and steps", title_justify="left", box=None)
-    for column in ("layer", "full", "Lethe", "Lethe of full", "Lethe, start to end"):
-        table.add_column(column, justify="right" if column in ("layer", "full", "Lethe") else "left")
+    for column in ("layer", "full", label, f"{label} of full", f"{label}, start to end"):
+        table.add_column(column, justify="right" if column in ("layer", "full", label) else "left")
     top = max(map(max, stats.timeline))
-    for layer, (before, after) in enumerate(zip(full.retained_per_layer, lethe.retained_per_layer, strict=True)):
+    for layer, (before, after) in enumerate(zip(full.retained_per_layer, pruned.retained_per_layer, strict=True)):
         filled = round(_WIDTH * after / before)
         bar = f"[green]{'█' * filled}[/green][dim]{'░' * (_WIDTH - filled)}[/dim]"
         table.add_row(str(layer), f"{before:,.0f}", f"{after:,.0f}", bar, _spark(stats.timeline, layer, top))

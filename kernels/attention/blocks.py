@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(-1.0e30)  # a running maximum before anything was seen: finite, so that differences are no NaN
+
+
+def sets_of(sinks: Tensor | None, slopes: Tensor | None, heads: int) -> int:
+    """How many sets of sinks and slopes rows take turns in, see `attention.reference`; both have as many."""
+    given = [len(learned) // heads for learned in (sinks, slopes) if learned is not None]
+    return given[0] if given else 1
 
 
 @triton.jit
@@ -33,8 +40,7 @@ def page_ids(table, block, length, n, PAGE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def scores(
-    q,
-    k,
+    s,
     position,
     now,
     slope,
@@ -43,10 +49,9 @@ def scores(
     WINDOW: tl.constexpr,
     CHUNKED: tl.constexpr,
     SLOPES: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
-    """Scores [M, BLOCK] in base 2 of q [M, K] against k [K, BLOCK] of cached slots, `position` pointing to theirs."""
-    s = dot(q, k, UPCAST) * SCALE
+    """Scores [M, BLOCK] in base 2 of products [M, BLOCK] with cached keys; `position` points to their positions."""
+    s = s * SCALE
     if SOFTCAP is not None:
         s = tanh(s / SOFTCAP) * (SOFTCAP * LOG2E)
     if SLOPES or WINDOW is not None:

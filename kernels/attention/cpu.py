@@ -17,9 +17,9 @@ from torch import Tensor
 _SCORE_ELEMENTS = 1 << 22  # queries are taken in blocks so that the scores of a long prefill stay within 16 MiB
 
 
-def serves(query: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, total: Tensor) -> bool:
+def serves(query: Tensor, k_pages: Tensor, v_pages: Tensor | None, page_table: Tensor, total: Tensor) -> bool:
     """Whether every row's cache is a view: storage laid out by head, pages consecutive. `total` is [rows]."""
-    for pool in (k_pages, v_pages):
+    for pool in (k_pages,) if v_pages is None else (k_pages, v_pages):
         _, _, page, dim = pool.shape
         stride = pool.stride()
         if not pool.is_cpu or pool.dtype != query.dtype or stride[0] != page * dim or stride[2:] != (dim, 1):
@@ -35,7 +35,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     k_pages: Tensor,
-    v_pages: Tensor,
+    v_pages: Tensor | None,
     slot_position: Tensor,
     slot_mass: Tensor,
     page_table: Tensor,
@@ -57,16 +57,20 @@ def attention(
     rows, heads, steps, _ = query.shape
     kv_heads, page = k_pages.shape[1:3]
     group = heads // kv_heads
-    k_storage, v_storage = (pool.transpose(0, 1).flatten(1, 2) for pool in (k_pages, v_pages))  # views, by `serves`
+    k_storage = k_pages.transpose(0, 1).flatten(1, 2)  # a view, by `serves`
+    v_storage = k_storage[..., : value.shape[3]] if v_pages is None else v_pages.transpose(0, 1).flatten(1, 2)
     position, mass = slot_position.view(-1), slot_mass.view(-1)  # [slots]
     # [rows, 3]: first slot, retained tokens, new tokens
     counts = np.stack([page_table[:, 0].numpy() * page, length.numpy(), new_lengths.numpy()], axis=1)
-    _append(key, value, k_storage, v_storage, position, mass, counts, positions)
+    _append(key, value, k_storage, None if v_pages is None else v_storage, position, mass, counts, positions)
 
     # Ordered by token, then by head of the group: a run of tokens is a run of queries of each KV head.
     queries = (query * scale).view(rows, kv_heads, group, steps, key.shape[3]).transpose(2, 3).flatten(2, 3)
     out = query.new_zeros(rows, kv_heads, steps * group, value.shape[3])
+    sink_sets, slope_sets = (None if each is None else each.view(-1, heads) for each in (sinks, slopes))
     for row, (first, old, new) in enumerate(counts.tolist()):
+        sink = None if sink_sets is None else sink_sets[row % len(sink_sets)]
+        slope = None if slope_sets is None else slope_sets[row % len(slope_sets)]
         size = max(1, _SCORE_ELEMENTS // (heads * (old + new or 1)))  # tokens of a block
         for at in range(0, new, size):
             upto = min(new, at + size)
@@ -79,11 +83,11 @@ def attention(
                 seen = slice(first + int(outside), seen.stop)
             now, stored = positions[row, at:upto], position[seen]
             hidden = None if upto - at == 1 else _hidden(now, stored, window, chunked)
-            added = None if slopes is None else _alibi(now, stored, slopes, kv_heads)
+            added = None if slope is None else _alibi(now, stored, slope, kv_heads)
             if bias is not None:
                 given = _at(bias[row, :, at:upto], stored, kv_heads, group)
                 added = given if added is None else added + given
-            probability = _probability(queries[row, :, block], k_storage[:, seen], hidden, softcap, sinks, added)
+            probability = _probability(queries[row, :, block], k_storage[:, seen], hidden, softcap, sink, added)
             torch.bmm(probability.to(value.dtype), v_storage[:, seen], out=out[row, :, block])
             if decay is not None:
                 fading = decay if at == 0 else 1.0
@@ -102,7 +106,7 @@ def _append(
     key: Tensor,
     value: Tensor,
     k_storage: Tensor,
-    v_storage: Tensor,
+    v_storage: Tensor | None,
     position: Tensor,
     mass: Tensor,
     counts: NDArray[np.int32],
@@ -118,7 +122,8 @@ def _append(
         at = torch.from_numpy(row), slice(None), torch.from_numpy(token)
         key, value, positions = key[at], value[at], positions[at[0], at[2]]
     k_storage.index_copy_(1, slot, key.transpose(0, 1))
-    v_storage.index_copy_(1, slot, value.transpose(0, 1))
+    if v_storage is not None:
+        v_storage.index_copy_(1, slot, value.transpose(0, 1))
     position.index_copy_(0, slot, positions.to(position.dtype))
     mass.index_fill_(0, slot, 0.0)
 

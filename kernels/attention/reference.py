@@ -14,7 +14,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     k_pages: Tensor,
-    v_pages: Tensor,
+    v_pages: Tensor | None,
     slot_position: Tensor,
     slot_mass: Tensor,
     page_table: Tensor,
@@ -41,14 +41,16 @@ def attention(
     Args:
         query: ``[rows, heads, T, k_dim]``, rotated already where the model rotates.
         key, value: ``[rows, kv_heads, T, k_dim | v_dim]``, the new tokens.
-        k_pages, v_pages: ``[pages, kv_heads, page, k_dim | v_dim]``, written.
+        k_pages, v_pages: ``[pages, kv_heads, page, k_dim | v_dim]``, written. `v_pages` None: a value is the first
+            v_dim numbers of its key, `value` those of `key`, and is not stored again.
         slot_position, slot_mass: ``[pages, page]`` int32 and float32, written.
         page_table: ``[rows, max_pages]`` int32, this layer's; must hold pages for ``length + new_lengths`` tokens.
         length: ``[rows]`` int32, this layer's retained tokens; advanced by ``new_lengths``.
         positions: ``[rows, T]`` logical positions of the new tokens.
         new_lengths: ``[rows]`` int32, 0 for a row that takes no part.
-        sinks: ``[heads]`` logits of a learned column that takes probability and gives nothing, or None.
-        slopes: ``[heads]`` of ALiBi: a score falls by ``slope * (q - p)``; or None.
+        sinks: ``[sets * heads]`` logits of a learned column that takes probability and gives nothing, or None. Rows
+            take turns: row r has set ``r % sets``. There is one set, unless the KV heads of a sequence are rows.
+        slopes: ``[sets * heads]`` of ALiBi: a score falls by ``slope * (q - p)``; or None.
         decay: gamma of ``s_t = gamma * s_{t-1} + sum over heads and queries of A_t`` (Lethe, RASR); None: mass stays.
         bias: ``[rows, 1 | heads, T, P]``, added to a query's score of the key at position p; or None.
 
@@ -63,7 +65,7 @@ def attention(
     pages = page_table[:, slots // page].long()  # [rows, N]
     offsets = (slots % page).expand_as(pages)
     keys = k_pages[pages, :, offsets].transpose(1, 2)  # [rows, kv_heads, N, k_dim]
-    values = v_pages[pages, :, offsets].transpose(1, 2)
+    values = keys[..., : value.shape[3]] if v_pages is None else v_pages[pages, :, offsets].transpose(1, 2)
     stored = slot_position[pages, offsets]  # [rows, N]
 
     compute = torch.promote_types(query.dtype, torch.float32)
@@ -74,7 +76,7 @@ def attention(
     is_query = torch.arange(steps, device=query.device) < new_lengths[:, None]  # [rows, T]
     age = positions[:, :, None] - stored[:, None, :]  # [rows, T, N]
     if slopes is not None:
-        scores = scores - slopes.to(compute).view(kv_heads, -1, 1, 1) * age[:, None, None]
+        scores = scores - by_row(slopes.to(compute), rows, heads).view(rows, kv_heads, -1, 1, 1) * age[:, None, None]
     if bias is not None:
         at = stored.clamp(0, bias.shape[3] - 1).long()[:, None, None].expand(-1, bias.shape[1], steps, -1)
         added = bias.gather(3, at).to(compute)  # [rows, 1 | heads, T, N]
@@ -85,7 +87,7 @@ def attention(
     visible = visible[:, None, None]  # [rows, 1, 1, T, N]
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
-        column = sinks.to(compute).view(1, kv_heads, -1, 1, 1).expand(rows, -1, -1, steps, 1)
+        column = by_row(sinks.to(compute), rows, heads).view(rows, kv_heads, -1, 1, 1).expand(-1, -1, -1, steps, 1)
         scores = torch.cat([scores, column], dim=-1)
     probability = torch.softmax(scores, dim=-1)[..., : slots.numel()].masked_fill(~visible, 0)
     # A slot that holds no token may hold anything, NaN included: a zero probability does not silence it.
@@ -98,11 +100,17 @@ def attention(
     return out.flatten(1, 2).to(query.dtype)
 
 
+def by_row(learned: Tensor, rows: int, heads: int) -> Tensor:
+    """``[rows, heads]`` of ``[sets * heads]`` numbers: row r has set ``r % sets``."""
+    sets = learned.view(-1, heads)
+    return sets[torch.arange(rows, device=learned.device) % len(sets)]
+
+
 def append(
     key: Tensor,
     value: Tensor,
     k_pages: Tensor,
-    v_pages: Tensor,
+    v_pages: Tensor | None,
     slot_position: Tensor,
     slot_mass: Tensor,
     page_table: Tensor,
@@ -117,7 +125,8 @@ def append(
     slot = length[row].long() + token
     pages, offsets = page_table[row, slot // page].long(), slot % page
     k_pages[pages, :, offsets] = key[row, :, token]
-    v_pages[pages, :, offsets] = value[row, :, token]
+    if v_pages is not None:
+        v_pages[pages, :, offsets] = value[row, :, token]
     slot_position[pages, offsets] = positions[row, token].to(slot_position.dtype)
     slot_mass[pages, offsets] = 0.0
 

@@ -10,7 +10,7 @@ _CHUNK_BYTES = 1 << 24  # of gathered keys or values: bounds the scratch memory,
 
 def compact(
     k_pages: Tensor,
-    v_pages: Tensor,
+    v_pages: Tensor | None,
     slot_position: Tensor,
     slot_mass: Tensor,
     page_table: Tensor,
@@ -22,7 +22,7 @@ def compact(
     Only slots that change place are touched: rows that keep everything, and the kept head of the others, cost nothing.
 
     Args:
-        k_pages, v_pages: ``[pages, kv_heads, page, k_dim | v_dim]``, written.
+        k_pages, v_pages: ``[pages, kv_heads, page, k_dim | v_dim]``, written; `v_pages` None: keys hold the values.
         slot_position, slot_mass: ``[pages, page]`` int32 and float32, written.
         page_table: ``[rows, max_pages]`` int32, this layer's; no page belongs to two rows.
         length: ``[rows]`` int32 retained tokens; not written.
@@ -39,7 +39,7 @@ def compact(
     source_page, source_slot = page_table[row, source // page].long(), source % page
     target_page, target_slot = page_table[row, target // page].long(), target % page
 
-    for pages in (k_pages, v_pages):
+    for pages in (k_pages,) if v_pages is None else (k_pages, v_pages):
         # Moves are sorted by row and slot, and target < source: no chunk overwrites what a later one reads.
         step = max(1, _CHUNK_BYTES // (pages.shape[1] * pages.shape[3] * pages.element_size()))
         for at in range(0, row.numel(), step):

@@ -64,7 +64,7 @@ def _move_slots(position, mass, table, keep, length, first, PAGE: tl.constexpr, 
 @triton.jit
 def _compact(
     k_pages,  # [pages, HEADS, PAGE, K_DIM] by strides, the last 1
-    v_pages,  # [pages, HEADS, PAGE, V_DIM] by strides, the last 1
+    v_pages,  # [pages, HEADS, PAGE, V_DIM] by strides, the last 1; None where keys hold the values: V_DIM 0
     position,  # [pages, PAGE] int32
     mass,  # [pages, PAGE] fp32
     table,  # [rows, width] int32
@@ -101,18 +101,18 @@ def _compact(
         nearest = tl.minimum(nearest, tl.where(dropped, slot, length))
     first = tl.min(nearest)
     head = (part % HEADS).to(tl.int64)
-    if part == 2 * HEADS:
+    if part == tl.num_programs(1) - 1:
         kept = _move_slots(position, mass, table, keep, length, first, PAGE, SCAN)
         tl.store(kept_lengths + row, kept)
     elif part < HEADS:
         _move(k_pages + head * k_head, table, keep, length, first, k_page, k_slot, PAGE, K_DIM, K_WIDE, K_BLOCK)
-    else:
+    elif V_DIM > 0:
         _move(v_pages + head * v_head, table, keep, length, first, v_page, v_slot, PAGE, V_DIM, V_WIDE, V_BLOCK)
 
 
 def compact(
     k_pages: Tensor,
-    v_pages: Tensor,
+    v_pages: Tensor | None,
     slot_position: Tensor,
     slot_mass: Tensor,
     page_table: Tensor,
@@ -121,14 +121,14 @@ def compact(
 ) -> Tensor:
     """Arguments, effects and result of `reference.compact`; rows are those of any number of layers."""
     heads, page, k_dim = k_pages.shape[1:]
-    v_dim, rows = v_pages.shape[3], len(length)
-    assert k_pages.stride(3) == v_pages.stride(3) == 1
+    v_dim, rows = 0 if v_pages is None else v_pages.shape[3], len(length)
+    assert k_pages.stride(3) == 1 and (v_pages is None or v_pages.stride(3) == 1)
     assert slot_position.is_contiguous() and slot_mass.is_contiguous()
     kept = torch.empty_like(length, dtype=torch.int32)
     if not rows:
         return kept
-    k_wide, v_wide = triton.next_power_of_2(k_dim), triton.next_power_of_2(v_dim)
-    _compact[(rows, 2 * heads + 1)](
+    k_wide, v_wide = triton.next_power_of_2(k_dim), triton.next_power_of_2(max(1, v_dim))
+    _compact[(rows, (1 if v_pages is None else 2) * heads + 1)](
         k_pages,
         v_pages,
         slot_position,
@@ -140,7 +140,7 @@ def compact(
         page_table.shape[1],
         keep.shape[1],
         *k_pages.stride()[:3],
-        *v_pages.stride()[:3],
+        *((0, 0, 0) if v_pages is None else v_pages.stride()[:3]),
         HEADS=heads,
         PAGE=page,
         K_DIM=k_dim,

@@ -8,6 +8,11 @@ all (row, KV head) items stand in one line, and each program takes an equal run 
 whoever finishes an item last combines its parts, in order, so the result does not depend on who that is. The grid
 depends on the device alone and lengths are read on the device: a captured CUDA graph stays valid while a cache grows
 and shrinks.
+
+Where values are the first channels of the keys, as with a cached latent, a block of keys is read once for both products
+and its other channels (the rotated part) as a second, narrower block: 512 and 64 in DeepSeek V3, not 1,024. The query
+heads of a KV head are then many, and shared out in tiles that a program's registers hold: to the kernel, a tile is a KV
+head with fewer query heads, and only where keys and values lie tells which tiles share them.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lethe_compile.kernels.attention.blocks import FLOOR, LOG2E, fold, page_ids, scores, tanh
+from lethe_compile.kernels.attention.blocks import FLOOR, LOG2E, dot, fold, page_ids, scores, sets_of, tanh
 from lethe_compile.kernels.decode.l2 import set_aside
 from lethe_compile.kernels.decode.score import add_mass, keep
 from lethe_compile.kernels.launch import launch
@@ -33,7 +38,7 @@ def _attend(
     key,  # [rows, kv_heads, 1, k_dim]
     value,  # [rows, kv_heads, 1, v_dim]
     k_pages,
-    v_pages,
+    v_pages,  # None where IN_KEYS
     k_rows,  # with BULK, descriptors of the pages as [pages * kv_heads * PAGE, dim], else None
     v_rows,
     slot_position,
@@ -71,16 +76,20 @@ def _attend(
     SINKS: tl.constexpr,
     SLOPES: tl.constexpr,
     SCORED: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,  # times TILES
+    GROUP: tl.constexpr,  # query heads of a tile
+    TILES: tl.constexpr,  # that share a KV head
+    SETS: tl.constexpr,  # of sinks and slopes; rows take turns
     K_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
+    IN_KEYS: tl.constexpr,  # a value is the first V_DIM channels of its key
     PAGE: tl.constexpr,
     ROWS: tl.constexpr,  # a power of two >= rows
     BLOCK: tl.constexpr,
     M: tl.constexpr,  # a power of two >= max(16, GROUP)
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # of what a key has beyond its value, where IN_KEYS
     LEAST: tl.constexpr,
     UPCAST: tl.constexpr,
     KEEP: tl.constexpr,  # weights in L2, see `keep`
@@ -100,7 +109,9 @@ def _attend(
     share = tl.maximum((total + programs - 1) // programs, LEAST)
 
     m, d, e, n = tl.arange(0, M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK)
-    in_group, in_k, in_v = m < GROUP, d < K_DIM, e < V_DIM
+    REST: tl.constexpr = K_DIM - V_DIM if IN_KEYS else 0
+    r = tl.arange(0, BLOCK_R)
+    in_group, in_k, in_v, in_r = m < GROUP, d < K_DIM - REST, e < V_DIM, r < REST
     for row in tl.range(program, rows, programs, num_stages=1):  # rows that take no part give zeros
         if tl.sum(tl.where(each == row, added, 0), 0) == 0:
             for head in tl.range(0, KV_HEADS, num_stages=1):
@@ -117,16 +128,22 @@ def _attend(
         old = tl.sum(tl.where(here, lengths, 0), 0)
         head = (at - row_start) // item_blocks
         item = row * KV_HEADS + head
+        kv_head = head // TILES
         item_start = row_start + head * item_blocks
         first = at - item_start
         last = tl.minimum(item_blocks, first + stop - at)
 
         q_at = query + row.to(tl.int64) * q_row + (head * GROUP + m)[:, None] * q_head + d[None, :]
         q = tl.load(q_at, mask=in_group[:, None] & in_k[None, :], other=0.0)
+        q_rest = q
+        if REST > 0:
+            rest_at = query + row.to(tl.int64) * q_row + (head * GROUP + m)[:, None] * q_head + (V_DIM + r)[None, :]
+            q_rest = tl.load(rest_at, mask=in_group[:, None] & in_r[None, :], other=0.0)
         now = tl.load(positions + row * position_row)
         slope = tl.zeros([M], tl.float32)
         if SLOPES:
-            slope = tl.load(slopes + head * GROUP + m, mask=in_group, other=0.0).to(tl.float32) * LOG2E
+            slope_at = slopes + (row % SETS * KV_HEADS + head) * GROUP + m
+            slope = tl.load(slope_at, mask=in_group, other=0.0).to(tl.float32) * LOG2E
         table = page_table + row.to(tl.int64) * table_stride
         weight_at = weight + item.to(tl.int64) * capacity * GROUP
         max_at = block_max + item.to(tl.int64) * (capacity // BLOCK) * GROUP
@@ -134,6 +151,24 @@ def _attend(
         top = tl.full([M], FLOOR, tl.float32)
         mass = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, BLOCK_V], tl.float32)
+        ends_here = last == item_blocks
+        k_from, k_to = key + row.to(tl.int64) * k_row + kv_head * k_head, k_pages + kv_head * k_page_head
+        if IN_KEYS:  # begin with the new token, while q is in registers and sums are not
+            k_to += tl.load(table + old // PAGE).to(tl.int64) * k_page + (old % PAGE) * K_DIM
+            stored = ends_here & (head % TILES == 0)
+            k_new = tl.load(k_from + d, mask=in_k & ends_here, other=0.0)
+            tl.store(k_to + d, k_new, mask=in_k & stored)
+            s_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
+            if REST > 0:
+                r_new = tl.load(k_from + V_DIM + r, mask=in_r & ends_here, other=0.0)
+                tl.store(k_to + V_DIM + r, r_new, mask=in_r & stored)
+                s_new += tl.sum(q_rest.to(tl.float32) * r_new.to(tl.float32)[None, :], 1)
+            s_new *= SCALE
+            if SOFTCAP is not None:
+                s_new = tanh(s_new / SOFTCAP) * (SOFTCAP * LOG2E)
+            top = tl.where(ends_here, s_new, top)
+            mass = tl.where(ends_here, 1.0, mass)
+            acc += k_new.to(tl.float32)[None, :]  # zero where it is not the last part
 
         begin = first
         pages = page_ids(table, begin, old, n, PAGE, BLOCK)
@@ -142,10 +177,11 @@ def _attend(
             for block in tl.range(first, begin, num_stages=STAGES):
                 slot = block * BLOCK + n
                 where = slot_position + (pages.to(tl.int64) * PAGE + slot % PAGE)
-                source = ((pages * KV_HEADS + head) * PAGE + block * BLOCK % PAGE).to(tl.int32)
+                source = ((pages * (KV_HEADS // TILES) + kv_head) * PAGE + block * BLOCK % PAGE).to(tl.int32)
                 pages = page_ids(table, block + 1, old, n, PAGE, BLOCK)  # one ahead, or loads could not overlap
                 k, v = k_rows.load([source, 0]).T, v_rows.load([source, 0])
-                s = scores(q, k, where, now, slope, SCALE, SOFTCAP, WINDOW, CHUNKED, SLOPES, UPCAST)
+                s = dot(q, k, UPCAST)
+                s = scores(s, where, now, slope, SCALE, SOFTCAP, WINDOW, CHUNKED, SLOPES)
                 top, mass, acc, p = fold(top, mass, acc, s, v, UPCAST)
                 if SCORED:
                     keep(weight_at, max_at, block, slot, m, p, top, old, GROUP, KEEP)
@@ -155,42 +191,53 @@ def _attend(
             live = slot < old
             page, offset = pages.to(tl.int64), slot % PAGE
             pages = page_ids(table, block + 1, old, n, PAGE, BLOCK)
-            k_at = k_pages + (page * k_page + head * k_page_head) + offset * K_DIM
-            v_at = v_pages + (page * v_page + head * v_page_head) + offset * V_DIM
-            if K_DIM == BLOCK_K:  # what lies beyond the length is masked as a score
+            k_at = k_pages + (page * k_page + kv_head * k_page_head) + offset * K_DIM
+            filled = live  # where a slot is no token, zero weights would not silence a NaN
+            if IN_KEYS:
+                k = tl.load(k_at[None, :] + d[:, None], mask=in_k[:, None] & filled[None, :], other=0.0)
+            elif K_DIM == BLOCK_K:  # what lies beyond the length is masked as a score
                 k = tl.load(k_at[None, :] + d[:, None])
             else:
                 k = tl.load(k_at[None, :] + d[:, None], mask=in_k[:, None], other=0.0)
             where = slot_position + page * PAGE + offset
-            s = scores(q, k, where, now, slope, SCALE, SOFTCAP, WINDOW, CHUNKED, SLOPES, UPCAST)
+            s = dot(q, k, UPCAST)
+            if REST > 0:
+                k_rest = tl.load(k_at[None, :] + (V_DIM + r)[:, None], mask=in_r[:, None] & filled[None, :], other=0.0)
+                s += dot(q_rest, k_rest, UPCAST)
+            s = scores(s, where, now, slope, SCALE, SOFTCAP, WINDOW, CHUNKED, SLOPES)
             s = tl.where(live[None, :], s, float("-inf"))
-            filled = live[:, None]  # zero weights would not silence a NaN
-            if V_DIM != BLOCK_V:
-                filled = filled & in_v[None, :]
-            v = tl.load(v_at[:, None] + e[None, :], mask=filled, other=0.0)
+            if IN_KEYS:
+                v = tl.trans(k)
+            else:
+                v_at = v_pages + (page * v_page + kv_head * v_page_head) + offset * V_DIM
+                in_value = filled[:, None]
+                if V_DIM != BLOCK_V:
+                    in_value = in_value & in_v[None, :]
+                v = tl.load(v_at[:, None] + e[None, :], mask=in_value, other=0.0)
             top, mass, acc, p = fold(top, mass, acc, s, v, UPCAST)
             if SCORED:
                 keep(weight_at, max_at, block, slot, m, p, top, old, GROUP, KEEP)
 
-        if last == item_blocks:  # the new token, from registers: nothing has to be written before it is read
+        if ends_here:  # the new token, from registers: nothing has to be written before it is read
             row_page = tl.load(table + old // PAGE).to(tl.int64)
-            k_new = tl.load(key + row.to(tl.int64) * k_row + head * k_head + d, mask=in_k, other=0.0)
-            v_new = tl.load(value + row.to(tl.int64) * v_row + head * v_head + e, mask=in_v, other=0.0)
-            k_to = k_pages + row_page * k_page + head * k_page_head + (old % PAGE) * K_DIM + d
-            v_to = v_pages + row_page * v_page + head * v_page_head + (old % PAGE) * V_DIM + e
-            tl.store(k_to, k_new, mask=in_k)
-            tl.store(v_to, v_new, mask=in_v)
             if head == 0:
                 tl.store(slot_position + row_page * PAGE + old % PAGE, now.to(tl.int32))
-            s_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * SCALE
-            if SOFTCAP is not None:
-                s_new = tanh(s_new / SOFTCAP) * (SOFTCAP * LOG2E)
-            higher = tl.maximum(top, s_new)
-            p_new = tl.exp2(s_new - higher)
-            fade = tl.exp2(top - higher)
-            mass = mass * fade + p_new
-            acc = acc * fade[:, None] + p_new[:, None] * v_new.to(tl.float32)[None, :]
-            top = higher
+            if not IN_KEYS:
+                k_new = tl.load(k_from + d, mask=in_k, other=0.0)
+                v_new = tl.load(value + row.to(tl.int64) * v_row + kv_head * v_head + e, mask=in_v, other=0.0)
+                k_to += row_page * k_page + (old % PAGE) * K_DIM
+                v_to = v_pages + row_page * v_page + kv_head * v_page_head + (old % PAGE) * V_DIM + e
+                tl.store(k_to + d, k_new, mask=in_k & (head % TILES == 0))
+                tl.store(v_to, v_new, mask=in_v & (head % TILES == 0))
+                s_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * SCALE
+                if SOFTCAP is not None:
+                    s_new = tanh(s_new / SOFTCAP) * (SOFTCAP * LOG2E)
+                higher = tl.maximum(top, s_new)
+                p_new = tl.exp2(s_new - higher)
+                fade = tl.exp2(top - higher)
+                mass = mass * fade + p_new
+                acc = acc * fade[:, None] + p_new[:, None] * v_new.to(tl.float32)[None, :]
+                top = higher
             if SCORED:  # the score itself, kept with the log-sum-exp
                 tl.store(lse + (rows + row) * KV_HEADS * GROUP + head * GROUP + m, s_new, mask=in_group)
 
@@ -222,7 +269,8 @@ def _attend(
                     top = higher
         if done:
             if SINKS:
-                sink = tl.load(sinks + head * GROUP + m, mask=in_group, other=0.0).to(tl.float32) * LOG2E
+                sink_at = sinks + (row % SETS * KV_HEADS + head) * GROUP + m
+                sink = tl.load(sink_at, mask=in_group, other=0.0).to(tl.float32) * LOG2E
                 higher = tl.maximum(top, sink)
                 fade = tl.exp2(top - higher)
                 mass = mass * fade + tl.exp2(sink - higher)
@@ -242,6 +290,7 @@ def _attend(
 
 
 _MANY_ITEMS = 768
+_SUMS = 64 * 512  # of a program: half of a multiprocessor's registers
 REGISTERS = 255  # a thread may have: few threads stream best, so none has to spill for the sake of more of them
 
 
@@ -266,7 +315,9 @@ class Tuning:
     least: int = 2
 
 
-def tuning(k_dim: int, v_dim: int, itemsize: int, page: int, items: int = 1) -> Tuning:
+def tuning(
+    k_dim: int, v_dim: int, itemsize: int, page: int, items: int = 1, group: int = 1, in_keys: bool = False
+) -> Tuning:
     """The fastest of those tried on an H100 with heads of 128 in half precision; others get blocks of as many bytes.
 
     `items` are pairs of row and KV head: where there are many, one program's stream covers the end of another's item.
@@ -275,6 +326,8 @@ def tuning(k_dim: int, v_dim: int, itemsize: int, page: int, items: int = 1) -> 
     multiprocessor (193 to 201), a softmax of each warp's own by 3-D products, which spares barriers (194 to 200),
     blocks of 128, programmatic dependent launch (188 to 193, no gain with scores), scoring on a second stream.
     """
+    if in_keys:
+        return _latent_tuning(k_dim, v_dim, itemsize, group)
     token = (triton.next_power_of_2(k_dim) + triton.next_power_of_2(v_dim)) * itemsize
     # Float32 products take registers. A power of two, as blocks must be: dimensions that differ pad to no such sum.
     scale = triton.next_power_of_2(max(1, token * (2 if itemsize > 2 else 1) // 512))
@@ -288,6 +341,15 @@ def tuning(k_dim: int, v_dim: int, itemsize: int, page: int, items: int = 1) -> 
     if itemsize > 2:
         return Tuning(32 if token <= 1024 else 16, programs=1, warps=4, stages=3 if token <= 1024 else 2)
     return Tuning(max(16, 32 // scale), programs=2, warps=4, stages=4 if scale <= 2 else 2)
+
+
+def _latent_tuning(k_dim: int, v_dim: int, itemsize: int, group: int) -> Tuning:
+    """Where values are channels of the keys: chosen so that blocks fit; not yet measured on a GPU."""
+    width = (_padded(v_dim) + _padded(k_dim - v_dim)) * itemsize  # bytes of a key
+    wide = _padded(group) * _padded(v_dim) >= _SUMS // 2
+    if itemsize > 2:
+        return Tuning(16, programs=1, warps=8 if wide else 4, stages=2 if width <= 1024 else 1)
+    return Tuning(32 if width > 640 else 64, programs=1, warps=8 if wide else 4, stages=2 if wide else 3)
 
 
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}
@@ -304,7 +366,18 @@ def _counter(device: torch.device, items: int) -> Tensor:
 def _rows(pages: Tensor, block: int) -> TensorDescriptor:
     """Descriptor of the slots of [pages, kv_heads, page, dim], one under the other; a load takes `block` of them."""
     dim = pages.shape[-1]
-    return TensorDescriptor.from_tensor(pages.view(-1, dim), [block, max(16, triton.next_power_of_2(dim))])
+    return TensorDescriptor.from_tensor(pages.view(-1, dim), [block, _padded(dim)])
+
+
+def _padded(size: int) -> int:
+    """The block that holds it: a power of two, and no less than a product takes."""
+    return max(16, int(triton.next_power_of_2(size)))
+
+
+def _tiles(group: int, v_dim: int, itemsize: int) -> int:
+    """Tiles of the query heads of one KV head: as few as let a program hold its sums [heads, v_dim] in registers."""
+    most = max(16, (_SUMS if itemsize == 2 else _SUMS // 4) // _padded(v_dim))
+    return next(tiles for tiles in range(1, group + 1) if group % tiles == 0 and group // tiles <= most)
 
 
 def attention(
@@ -312,7 +385,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     k_pages: Tensor,
-    v_pages: Tensor,
+    v_pages: Tensor | None,
     slot_position: Tensor,
     slot_mass: Tensor,
     page_table: Tensor,
@@ -336,11 +409,12 @@ def attention(
     time: launches share a workspace. Scores of a half-precision model come from probabilities kept with 11 bits.
     """
     rows, heads, _, k_dim = query.shape
-    kv_heads, page, v_dim = k_pages.shape[1], k_pages.shape[2], v_pages.shape[3]
-    group, items = heads // kv_heads, rows * kv_heads
+    kv_heads, page, v_dim, in_keys = k_pages.shape[1], k_pages.shape[2], value.shape[3], v_pages is None
+    tiles = _tiles(heads // kv_heads, v_dim, query.element_size())
+    group, items, parts = heads // kv_heads // tiles, rows * kv_heads * tiles, kv_heads * tiles
     device, interpreted = query.device, not query.is_cuda
-    tune = tune or tuning(k_dim, v_dim, query.element_size(), page, items)
-    block, m, block_v = tune.block, max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(v_dim))
+    tune = tune or tuning(k_dim, v_dim, query.element_size(), page, items, group, in_keys)
+    block, m, block_v = tune.block, _padded(group), _padded(v_dim)
     programs = tune.programs * (2 if interpreted else torch.cuda.get_device_properties(device).multi_processor_count)
     capacity = -(-page_table.shape[1] * page // block) * block
 
@@ -348,7 +422,12 @@ def attention(
     if scored and not interpreted and not torch.cuda.is_current_stream_capturing():
         set_aside(device)
     exact = query.dtype == torch.float32
-    bulk = tune.bulk and page % block == 0 and (interpreted or torch.cuda.get_device_capability(device)[0] >= 9)
+    bulk = (
+        tune.bulk
+        and not in_keys
+        and page % block == 0
+        and (interpreted or torch.cuda.get_device_capability(device)[0] >= 9)
+    )
     float32 = partial(torch.empty, dtype=torch.float32, device=device)
     out = torch.empty(rows, heads, 1, v_dim, dtype=query.dtype, device=device)
     slots = items * capacity if scored else 0
@@ -366,7 +445,7 @@ def attention(
         k_pages,
         v_pages,
         _rows(k_pages, block) if bulk else None,
-        _rows(v_pages, block) if bulk else None,
+        _rows(v_pages, block) if bulk and v_pages is not None else None,
         slot_position,
         page_table,
         length,
@@ -393,8 +472,7 @@ def attention(
         positions.stride(0),
         k_pages.stride(0),
         k_pages.stride(1),
-        v_pages.stride(0),
-        v_pages.stride(1),
+        *((0, 0) if v_pages is None else (v_pages.stride(0), v_pages.stride(1))),
         SCALE=scale if softcap is not None else scale * LOG2E.value,
         SOFTCAP=softcap,
         WINDOW=window,
@@ -402,16 +480,20 @@ def attention(
         SINKS=sinks is not None,
         SLOPES=slopes is not None,
         SCORED=scored,
-        KV_HEADS=kv_heads,
+        KV_HEADS=parts,
         GROUP=group,
+        TILES=tiles,
+        SETS=sets_of(sinks, slopes, heads),
         K_DIM=k_dim,
         V_DIM=v_dim,
+        IN_KEYS=in_keys,
         PAGE=page,
         ROWS=triton.next_power_of_2(rows),
         BLOCK=block,
         M=m,
-        BLOCK_K=max(16, triton.next_power_of_2(k_dim)),
+        BLOCK_K=block_v if in_keys else _padded(k_dim),
         BLOCK_V=block_v,
+        BLOCK_R=_padded(k_dim - v_dim) if in_keys else 16,
         LEAST=tune.least,
         UPCAST=exact or interpreted,
         KEEP=not (exact or interpreted),
@@ -422,7 +504,7 @@ def attention(
         maxnreg=None if exact else REGISTERS,
     )
     if decay is not None:
-        span = 128
+        span = max(16, min(128, 2048 // triton.next_power_of_2(group)))
         launch(
             add_mass,
             (triton.cdiv(capacity, span), rows),
@@ -438,7 +520,7 @@ def attention(
             page_table.stride(0),
             DECAY=decay,
             PEAK=peak,
-            KV_HEADS=kv_heads,
+            KV_HEADS=parts,
             GROUP=group,
             PAGE=page,
             BLOCK=block,

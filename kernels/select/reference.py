@@ -106,6 +106,41 @@ def select_shared(
     return keep, broke & active
 
 
+def top(
+    score: Tensor,
+    position: Tensor,
+    length: Tensor,
+    *,
+    cap: Tensor,
+    recent: Tensor,
+    sink_tokens: int,
+    protected_length: Tensor,
+) -> Tensor:
+    """The best `cap` tokens of each row, all of them where there are no more: keep [R, N] bool.
+
+    Taken in this order: sinks; the `recent` newest tokens, newest first; protected tokens, highest score first; the
+    others, highest score first. Equal scores rank the newer slot first. On a GPU, too, this sorts: it is for rounds
+    that every row takes part in, and waits for nothing.
+
+    Args:
+        score: [R, N] float32, finite, of any sign.
+        cap: [R] int64, each >= 1.
+        recent: [R] int64, each >= 0; at least one token counts as recent.
+        (others as in `select`)
+    """
+    valid = _valid(position, length)
+    age = valid.flip(1).cumsum(1).flip(1)  # [R, N] 1 = newest token
+    newest = valid & (age <= recent.clamp(min=1).unsqueeze(1))
+    tier = torch.full_like(age, 3)
+    for value, members in (
+        (2, position < protected_length.unsqueeze(1)),
+        (1, newest),
+        (0, position < sink_tokens),
+    ):
+        tier = tier.masked_fill(members, value)
+    return _first(tier, torch.where(tier == 1, -age.to(score.dtype), score), valid, cap)
+
+
 def summed_mass(mass: Tensor, position: Tensor, length: Tensor, active: Tensor) -> Tensor:
     """Scores [R, N] of the active rows, right-aligned and summed over rows: [1, N], 0 where no row has a token."""
     counted = _valid(position, length) & active.unsqueeze(1)
@@ -160,8 +195,7 @@ def choose(
         tier = tier.masked_fill(members, value)
     newest_first = (tier == 1) | (tier == 3)
     by_score = torch.where(newest_first, -age.to(mass.dtype), mass)
-    rank = _rank(_order(tier.masked_fill(~keep, 5), by_score))
-    return keep & (rank < cap.unsqueeze(1)), broke
+    return _first(tier, by_score, keep, cap), broke
 
 
 def _breakpoint(scores: Tensor, count: Tensor, sparse_ratio: float, segments: int) -> tuple[Tensor, Tensor]:
@@ -184,6 +218,12 @@ def _order(tier: Tensor, score: Tensor) -> Tensor:
     newest_first = score.flip(1).argsort(dim=1, descending=True, stable=True)
     order = score.shape[1] - 1 - newest_first
     return order.gather(1, tier.gather(1, order).argsort(dim=1, stable=True))
+
+
+def _first(tier: Tensor, score: Tensor, among: Tensor, cap: Tensor) -> Tensor:
+    """[R, N] bool: the first `cap` [R] slots in `_order`, of those that are `among` [R, N]; tiers are below 9."""
+    rank = _rank(_order(tier.masked_fill(~among, 9), score))
+    return among & (rank < cap.unsqueeze(1))
 
 
 def _rank(order: Tensor) -> Tensor:

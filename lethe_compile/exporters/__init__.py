@@ -23,6 +23,8 @@ from lethe_compile.artifact.manifest import (
 from lethe_compile.artifact.tokens import TOKENIZER, check_vocabulary
 from lethe_compile.errors import ArtifactError, ConfigError, UnsupportedGraphError
 from lethe_compile.passes.contiguous import refuse_what_has_no_contiguous_form
+from lethe_compile.policies.full import FullPolicy
+from lethe_compile.policies.lethe import LethePolicy
 from lethe_compile.runtime import OptimizedModel
 
 FORMATS = ("aoti", "pt2", "onnx", "tensorrt")
@@ -121,6 +123,11 @@ def _check_target(folder: Path, overwrite: bool) -> None:
 def _refuse(fast: OptimizedModel) -> None:
     """Refuse by name what no format can carry."""
     refuse_what_has_no_contiguous_form(fast.program)
+    if type(fast.policy) not in (LethePolicy, FullPolicy):
+        raise UnsupportedGraphError(
+            f"the rounds of policy {fast.config.policy!r} cannot be exported",
+            hint="Export with policy='lethe', or with policy='full' to evict nothing",
+        )
     if fast.restart_at is not None:
         raise UnsupportedGraphError(
             f"rotary frequencies change after {fast.restart_at} tokens, when all keys are computed anew: that cannot be"
@@ -176,10 +183,10 @@ def _manifest(
     fast: OptimizedModel, kind: str, programs: dict[str, ProgramSpec], tokenizer: tuple[str, ...]
 ) -> Manifest:
     caches = tuple(
-        CacheSpec(*site.geometry, window, tuple(other.layer for other in fast.sites if other.cache == index))
+        CacheSpec(*site.geometry[:3], window, tuple(other.layer for other in fast.sites if other.cache == index))
         for index, (site, window) in enumerate(zip(fast.caches, fast.windows, strict=True))
     )
-    fast.policy.begin(len(fast.caches), 1)
+    fast.begin_policy(fast.policy, 1)
     state = tuple(
         StateSpec(
             name, str(value.dtype).removeprefix("torch."), None if bool(value.isnan().all()) else value[0, 0].item()

@@ -126,7 +126,7 @@ def paged_step_program(fast: OptimizedModel) -> ExportableProgram:
         "length": Operand("length", (caches, "rows"), torch.int32),
     }
     for site in fast.caches:
-        kv_heads, k_dim, v_dim = site.geometry
+        kv_heads, k_dim, v_dim = site.geometry[:3]
         group = site.cache_group
         for name, shape, dtype in (
             ("k_pages", (kv_heads, page, k_dim), fast.dtype),
@@ -143,6 +143,7 @@ def paged_step_program(fast: OptimizedModel) -> ExportableProgram:
 def prune_program(fast: OptimizedModel) -> ExportableProgram | None:
     """One round of the policy; see `RoundProgram`. None where no round drops anything."""
     policy = make_policy(fast.config)
+    fast.begin_policy(policy, 0)
     module = RoundProgram(policy, fast.windows)
     if not module.has_rounds():
         return None
@@ -157,7 +158,7 @@ def cache_operands(fast: OptimizedModel) -> tuple[Operand, ...]:
     """The contiguous caches as inputs, in the order of `state_names`."""
     operands = []
     for index, site in enumerate(fast.caches):
-        kv_heads, *dims = site.geometry
+        kv_heads, *dims = site.geometry[:3]
         operands += [
             Operand(f"{kind}_{index}", ("rows", kv_heads, "capacity", dim), fast.dtype)
             for kind, dim in zip("kv", dims, strict=True)

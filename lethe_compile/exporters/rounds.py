@@ -24,7 +24,6 @@ class RoundProgram(nn.Module):
     def __init__(self, policy: Policy, windows: tuple[int | None, ...]) -> None:
         super().__init__()
         self.policy, self.windows = policy, windows
-        policy.begin(len(windows), 0)  # refuses what the settings do not allow for so many caches
         self.state_names = tuple(policy.state())
 
     def forward(self, active: Tensor, prompt_length: Tensor, next_position: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -1,27 +1,44 @@
 """Lethe: layer- and time-adaptive pruning by decayed attention mass.
 
 Source: Zeng et al., *Lethe*, AAAI 2026, arXiv 2511.06029. Ours, where the paper is silent or unsafe: scores and
-keep-sets per sequence, prompt protection, hard caps.
+keep-sets per sequence, prompt protection, hard caps. Each part can be switched off, to see what it is worth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lethe_compile.config import MIN_RETAINED, LetheConfig
+from lethe_compile.config import LetheConfig
 from lethe_compile.errors import ConfigError
-from lethe_compile.kernels.ops import hoyer_sparsity, select, select_shared
+from lethe_compile.kernels.ops import hoyer_sparsity, select, select_shared, top
 from lethe_compile.kernels.select.reference import summed_mass
-from lethe_compile.policies.base import NEVER, Counts, Policy, RoundState, trimmed_by_window
+from lethe_compile.policies.base import NEVER, RoundState
+from lethe_compile.policies.budgeted import BudgetedPolicy
+from lethe_compile.settings import BOOL, Settings, one_of, setting
 
 
-class LethePolicy(Policy):
+@dataclass(frozen=True)
+class LetheOptions(Settings):
+    """Parts of the method, each of which can be switched off."""
+
+    breakpoint: bool = setting(True, BOOL)
+    """Layers prune themselves at the breakpoint of their scores. False: nothing but `max_tokens` and `budget`, of which
+    there must be one, prunes."""
+
+    choice: str = setting("score", one_of("score", "recent"))
+    """Which tokens fill what a layer keeps: "score", those of the highest decayed attention (RASR); "recent", newest.
+    How many a layer keeps is told by its scores either way."""
+
+    shares: str = setting("density", one_of("density", "uniform"))
+    """How layers share a `budget`: "density", in proportion to their scores' 1 - Hoyer sparsity; "uniform", equally."""
+
+
+class LethePolicy(BudgetedPolicy):
     """Prune a layer of a row once its retained tokens reach its threshold, down to the breakpoint of their scores.
 
     No breakpoint (flat attention): nothing goes and that threshold doubles. A row that was considered is left alone
@@ -33,13 +50,20 @@ class LethePolicy(Policy):
     by its share (`share_budget`). The lower cap counts, and so does the limit of a round that comes for lack of pages.
 
     With `paper_literal`, the batch is treated as one row: its length is that of the longest active row.
+
+    Raises:
+        ConfigError: no breakpoint and no cap either, so that nothing would ever be evicted.
     """
 
     name = "lethe"
+    Options = LetheOptions
+    options: LetheOptions
 
     def __init__(self, config: LetheConfig) -> None:
         super().__init__(config)
         self._resume = torch.empty(0, 0, dtype=torch.int64)  # [L, R] retained tokens below which a row is left alone
+        if not (self.options.breakpoint or config.capped):
+            raise ConfigError(f"policy {self.name!r} without a breakpoint needs a cap: set max_tokens or budget")
 
     @property
     def decay(self) -> float | None:
@@ -49,35 +73,33 @@ class LethePolicy(Policy):
     def peak(self) -> bool:
         return self.config.score == "peak"
 
-    def begin(self, num_layers: int, rows: int) -> None:
-        floor, budget = self.config.cap_floor, self.config.budget
-        if budget is not None and budget < num_layers * floor:
-            raise ConfigError(
-                f"budget={budget} is not allowed: must be None or an integer >= {num_layers * floor}"
-                f" for {num_layers} layers of at least {floor} tokens (prune_interval + sink_tokens + {MIN_RETAINED})"
-            )
-        super().begin(num_layers, rows)
-        self._thresholds.fill_(self.config.prune_threshold)
-        self._resume = torch.zeros_like(self._thresholds)
+    @property
+    def couples_rows(self) -> bool:
+        return self.config.paper_literal
 
-    def least_tokens(self, prompts: Counts, new_tokens: int, windows: Sequence[int | None]) -> Counts:
-        everything = super().least_tokens(prompts, new_tokens, windows)
-        pruned = np.minimum(everything, np.maximum(prompts, self.config.cap_floor))
-        return trimmed_by_window(pruned, prompts, windows, self.config.interval)
+    def begin(self, num_layers: int, rows: int, token_bytes: Sequence[int] | None = None) -> None:
+        super().begin(num_layers, rows, token_bytes)
+        if self.options.breakpoint:
+            self._thresholds.fill_(self.config.prune_threshold)
+        self._resume = torch.zeros_like(self._thresholds)
 
     def round(self, state: RoundState, limit: Tensor | None = None) -> Tensor | None:
         self._follow(state.mass.device)
         seen = state.visible()
         count = seen.sum(2)  # [L, R]
         size = self._sizes(count, state.active)
-        starved = self._starved(size)
-        due = self._due(size, starved, limit) & state.active
+        starved = self._caps.starved(size, state)
+        considered = size >= torch.maximum(self._thresholds, self._resume)
+        due = (considered | self._caps.due(size, starved, limit)) & state.active
         if self._asks(state.mass) and not due.any():  # on a GPU, that costs more than rows that exit at once
             return seen if (count < state.length).any() else None
 
         view = replace(state, mass=state.mass.masked_fill(~seen, 0), position=state.position.masked_fill(~seen, -1))
         self._sparsity = torch.where(due, self._measure(view, size), self._sparsity)
-        chosen, broke = self._select(view, due, self._targets(size, starved, limit))
+        target = self._caps.targets(size, starved, limit, self._weight(), state)
+        chosen, broke = self._select(view, due, target)
+        if self.options.choice == "recent":
+            chosen = self._newest(view, chosen.sum(2))
         keep = seen & (chosen | ~due.unsqueeze(2))
         if limit is None:
             # A cap may force a round below the threshold; doubling for that would never stop.
@@ -96,8 +118,8 @@ class LethePolicy(Policy):
 
     def _follow(self, device: torch.device) -> None:
         """Keep the state where the scores are; it moves once in a generation."""
-        self._thresholds, self._resume = self._thresholds.to(device), self._resume.to(device)
-        self._sparsity = self._sparsity.to(device)
+        super()._follow(device)
+        self._resume = self._resume.to(device)
 
     def _sizes(self, count: Tensor, active: Tensor) -> Tensor:
         """Tokens [L, R] that rows are judged by: their own, or in a literal batch those of the longest active row."""
@@ -105,18 +127,11 @@ class LethePolicy(Policy):
             return count
         return (count * active).amax(1, keepdim=True).expand_as(count)
 
-    def _starved(self, size: Tensor) -> Tensor:
-        """[R] bool: rows whose layers together would exceed the budget before the next round."""
-        if self.config.budget is None:
-            return torch.zeros_like(size[0], dtype=torch.bool)
-        return size.sum(0) + len(size) * self.config.interval > self.config.budget
-
-    def _due(self, size: Tensor, starved: Tensor, limit: Tensor | None) -> Tensor:
-        """[L, R] bool: where a threshold is reached, a cap would be exceeded before the next round, or a limit is."""
-        due = (size >= torch.maximum(self._thresholds, self._resume)) | starved
-        if self.config.max_tokens is not None:
-            due = due | (size + self.config.interval > self.config.max_tokens)
-        return due if limit is None else due | (size > limit)
+    def _weight(self) -> Tensor:
+        """[L, R] by which layers share a budget."""
+        if self.options.shares == "uniform":
+            return torch.ones_like(self._sparsity)
+        return 1 - self._sparsity.nan_to_num(0.0)
 
     def _measure(self, view: RoundState, size: Tensor) -> Tensor:
         """Hoyer sparsity [L, R] of the scores; in a literal batch, that of their sum over rows."""
@@ -126,23 +141,11 @@ class LethePolicy(Policy):
         total = torch.cat([summed_mass(*layer, view.active) for layer in layers])  # [L, N]
         return hoyer_sparsity(total, size.amax(1)).unsqueeze(1).expand_as(size)
 
-    def _targets(self, size: Tensor, starved: Tensor, limit: Tensor | None) -> Tensor | None:
-        """[L, R] tokens that this round may leave, so that one interval more stays within every cap; None: no caps."""
-        config, target = self.config, size
-        if config.max_tokens is None and config.budget is None and limit is None:
-            return None
-        if config.max_tokens is not None:
-            target = target.clamp(max=config.max_tokens - config.interval)
-        if config.budget is not None:
-            share = share_budget(config.budget, 1 - self._sparsity.nan_to_num(0.0), config.cap_floor)
-            target = torch.where(starved, torch.minimum(target, share - config.interval), target)
-        return target if limit is None else torch.minimum(target, limit)
-
     def _select(self, view: RoundState, due: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
         """Slots [L, R, N] that stay where a row is `due`, and where a breakpoint was found [L, R]."""
         config = self.config
         rule: dict[str, Any] = {
-            "sparse_ratio": config.sparse_ratio,
+            "sparse_ratio": config.sparse_ratio if self.options.breakpoint else float("inf"),  # nothing falls so low
             "segments": config.segments,
             "sink_tokens": config.sink_tokens,
             "recent_ratio": config.recent_ratio,
@@ -181,15 +184,16 @@ class LethePolicy(Policy):
         keep, broke = zip(*chosen, strict=True)
         return torch.stack(keep), torch.stack(broke)
 
-
-def share_budget(budget: int, density: Tensor, floor: int) -> Tensor:
-    """Caps [L, R] int64 of L layers that add up to at most `budget` tokens in each row.
-
-    Every layer gets `floor`, and what is left goes to the layers in proportion to their `density` [L, R] in [0, 1]
-    (paper: 1 - Hoyer sparsity), in equal parts where all densities are 0. Fractions of a token are dropped.
-    `budget` must be at least L · floor.
-    """
-    weight = density.double()
-    total = weight.sum(0)
-    fraction = torch.where(total > 0, weight / total, 1 / len(density))
-    return floor + ((budget - len(density) * floor) * fraction).floor().long()
+    def _newest(self, view: RoundState, count: Tensor) -> Tensor:
+        """Slots [L, R, N]: as many as `count` [L, R], sinks and prompt as they would stay, then the newest."""
+        protected = view.prompt_length * self.config.protect_prompt
+        keep = top(
+            view.position.flatten(0, 1).float(),
+            view.position.flatten(0, 1),
+            view.length.flatten(),
+            cap=count.flatten(),
+            recent=(count.double() * self.config.recent_ratio).floor().long().flatten(),
+            sink_tokens=self.config.sink_tokens,
+            protected_length=protected.expand_as(count).flatten(),
+        )
+        return keep.view_as(view.mass)

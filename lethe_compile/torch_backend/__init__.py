@@ -1,6 +1,7 @@
 """`torch.compile(model, backend="lethe", options={...})`: the compiler behind torch.compile's interface.
 
-`options` are the fields of `LetheConfig`. What torch.compile captures must be the whole forward of one model; that
+`options` are the fields of `LetheConfig`; `cache_latent` stays off, since a session may begin from a cache of expanded
+keys and values. What torch.compile captures must be the whole forward of one model; that
 model is then compiled by `optimize`, once, whatever the graphs of it that follow: their shapes differ, the model does
 not. Each graph is run beside the optimized model at its first call and must give the same logits, so that flags, masks
 and positions are proved and not assumed.
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -100,7 +101,8 @@ def _optimize(model: nn.Module, config: LetheConfig, example: Mapping[str, Tenso
     found = known.pop(config, None)
     if found is None or not found.made_from(weights):
         with torch.compiler.set_stance("force_eager"):  # the model's forward may be the compiled one by now
-            fast = api.optimize(model, config, example_inputs=example)
+            # A static cache that others have filled holds keys and values, from which no latent can be had back.
+            fast = api.optimize(model, replace(config, cache_latent=False), example_inputs=example)
         found = _Compiled(fast, weights, _kinds(weights), Sessions())
     known[config] = found  # the last one
     return found

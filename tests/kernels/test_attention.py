@@ -37,6 +37,7 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     slopes: bool = False
+    sets: int = 1  # of sinks and slopes, which rows take turns in
     bias: str | None = None  # by position: "shared" by the heads, or for "each"
     decay: float | None = 0.9
     peak: bool = False
@@ -133,8 +134,8 @@ def build(case: Case) -> Inputs:
         "length": length,
         "positions": positions,
         "new_lengths": torch.tensor(case.new, dtype=torch.int32),
-        "sinks": normal(heads) if case.sinks else None,
-        "slopes": normal(heads).abs() if case.slopes else None,
+        "sinks": normal(case.sets * heads) if case.sinks else None,
+        "slopes": normal(case.sets * heads).abs() if case.slopes else None,
         "scale": 0.3,
         "window": case.window,
         "chunked": case.chunked and case.window is not None,
@@ -165,16 +166,17 @@ def expected(inputs: Inputs) -> tuple[Tensor, list[list[Token]]]:
             visible = [x for x in tokens if x.position <= now and case.sees(now, x.position)]
             for head in range(t["query"].shape[1]):
                 query, kv = t["query"][row, head, step].double(), head // case.group
+                learned = row % case.sets * t["query"].shape[1] + head
                 logits = [0.3 * float(query @ x.key[kv].double()) for x in visible]
                 if case.softcap is not None:
                     logits = [case.softcap * math.tanh(logit / case.softcap) for logit in logits]
                 if case.slopes:
-                    slope = float(t["slopes"][head])
+                    slope = float(t["slopes"][learned])
                     logits = [a - slope * (now - x.position) for a, x in zip(logits, visible, strict=True)]
                 if case.bias is not None:
                     bias = t["bias"][row, head if case.bias == "each" else 0, step]
                     logits = [a + float(bias[x.position]) for a, x in zip(logits, visible, strict=True)]
-                extra = [float(t["sinks"][head])] if case.sinks else []
+                extra = [float(t["sinks"][learned])] if case.sinks else []
                 top = max(logits + extra)
                 total = sum(math.exp(x - top) for x in logits + extra)
                 for token, logit in zip(visible, logits, strict=True):
@@ -249,6 +251,7 @@ CASES = st.builds(
     window=st.none() | st.integers(1, 30),
     chunked=st.booleans(),
     slopes=st.booleans(),
+    sets=st.sampled_from([1, 2, 3]),
     bias=st.sampled_from([None, "shared", "each"]),
     softcap=st.none() | st.sampled_from([0.5, 20.0]),
     sinks=st.booleans(),
@@ -312,6 +315,7 @@ SERVED = {
     "window within the new tokens": Case(old=(3, 12, 30), new=(9, 1, 8), window=3),
     "chunks": Case(old=(3, 12, 30), new=(9, 1, 8), window=6, chunked=True),
     "slopes": Case(old=(3, 12, 30), new=(9, 1, 8), window=20, slopes=True),
+    "sets of sinks and slopes": Case(new=(1, 1, 1), kv_heads=1, sinks=True, slopes=True, sets=2),
     "bias": Case(old=(3, 12, 30), new=(9, 1, 8), window=20, bias="each"),
 }
 
@@ -433,6 +437,34 @@ def test_a_layer_that_shares_the_cache_appends_nothing(new: tuple[int, ...], dec
             one, other = float(first["slot_mass"][at]), float(own["slot_mass"][at])
             joined = one if decay is None else max(one, other) if peak else one + other - faded
             assert float(both["slot_mass"][at]) == pytest.approx(joined, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [reference.attention, cpu.attention], ids=["reference", "cpu"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 9, "sinks": True, "new": (1, 1, 1)}, {"slopes": True, "softcap": 2.0, "bias": "each"}],
+    ids=str,
+)
+def test_values_in_keys_are_as_values_beside_them(kernel: Any, options: dict[str, Any]) -> None:
+    """128 heads over one key of 576 numbers, whose first 512 are the value: the same without a pool of values."""
+    inputs = build(Case(kv_heads=1, group=128, k_dim=576, v_dim=512, peak=True, **options))
+    tensors = inputs.tensors
+    tensors["value"] = tensors["key"][..., :512]
+    tensors["v_pages"] = tensors["k_pages"][..., :512].clone()
+    if kernel is cpu.attention:
+        tensors["v_pages"] = tensors["v_pages"].transpose(0, 1).contiguous().transpose(0, 1)
+    expected, after = inputs.call(kernel)
+    state = {name: tensors[name].clone() for name in STATE if name != "v_pages"}
+    arguments = {**tensors, **state, "v_pages": None}
+    one = torch.ops.lethe.attention(**arguments, layer=LAYER)
+    torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state["slot_mass"], after["slot_mass"], rtol=1e-4, atol=1e-5, equal_nan=True)
+    for name in ("k_pages", "slot_position", "length"):
+        torch.testing.assert_close(state[name], after[name], rtol=0, atol=0, equal_nan=True)
+    if kernel is reference.attention:
+        state = {name: tensors[name].clone() for name in STATE if name != "v_pages"}
+        arguments = {**tensors, **state, "page_table": state["page_table"][LAYER], "length": state["length"][LAYER]}
+        assert torch.equal(reference.attention(**{**arguments, "v_pages": None}), expected)
 
 
 def test_no_rows() -> None:

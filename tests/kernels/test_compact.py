@@ -101,3 +101,13 @@ def test_works_in_bfloat16_with_a_long_row() -> None:
     assert new.tolist() == [350, 0]
     slots = torch.arange(350)
     assert position[table[0, slots // 16].long(), slots % 16].tolist() == list(range(3, 2100, 6))
+
+
+def test_keys_that_hold_the_values_move_alone() -> None:
+    state = random_state(0, [20, 7], 4, 1, 6, 4, head_major=True)
+    keep = torch.rand(2, 20, generator=torch.Generator().manual_seed(1)) < 0.5
+    expected = [tensor.clone() for tensor in state]
+    lengths = reference.compact(*expected, keep)
+    actual = [tensor.clone() for tensor in state]
+    assert reference.compact(actual[0], None, *actual[2:], keep).tolist() == lengths.tolist()
+    assert_same((actual[0], *actual[2:]), (expected[0], *expected[2:]))

@@ -37,9 +37,9 @@ def pool(
     return k_pages, v_pages, position, mass, table, torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
-def assert_same(state: tuple[Tensor, ...], keep: Tensor) -> None:
+def assert_same(state: tuple[Tensor | None, ...], keep: Tensor) -> None:
     """The same lengths, and the same bits in every slot, those behind the kept ones included."""
-    expected = tuple(tensor.clone() for tensor in state)
+    expected = tuple(None if tensor is None else tensor.clone() for tensor in state)
     lengths = reference.compact(*expected, keep)
     actual = triton.compact(*state, keep)
     assert actual.dtype == torch.int32 and actual.tolist() == lengths.tolist()
@@ -86,6 +86,13 @@ def test_equals_the_reference(
         patch.setattr(triton, "_TILE", 64)
         patch.setattr(triton, "_SCAN", 16)
         assert_same(state, keep)
+
+
+@pytest.mark.interpreted
+def test_keys_that_hold_the_values_move_alone() -> None:
+    state = pool(0, [20, 7], 4, 2, (6, 4), torch.float32)
+    keep = chosen(state, 0.5, 0.2, 20, 1)
+    assert_same((state[0], None, *state[2:]), keep)
 
 
 def test_through_the_interpreter() -> None:

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lethe_compile.capture import capture
 from lethe_compile.errors import InputError, UnsupportedGraphError
+from lethe_compile.passes import pipeline
+from lethe_compile.passes.base import run_pipeline
 from lethe_compile.passes.program import COLUMNS_OP, VISIBLE_OP, shape_of
 from lethe_compile.past import Past
 from tests.passes.toy import HEAD_DIM, WIDTH, Attend, Toy, assert_computes_the_same, causal, optimized, program_after
@@ -176,3 +179,9 @@ def test_another_cache_does_not_hold_what_masks_read() -> None:
 def test_a_graph_without_such_masks_is_left_alone() -> None:
     program: Any = program_after(Toy(causal), "content-masks")
     assert not program.content and program.placeholder("seen") is None
+
+
+def test_a_mask_by_content_is_refused_where_heads_keep_tokens_of_their_own() -> None:
+    with pytest.raises(UnsupportedGraphError, match="what the layer retains, and a policy that keeps other") as refused:
+        run_pipeline(capture(placed(causal, indexed)).program, pipeline(None, per_head=True))
+    assert refused.value.layer == 1 and "lethe" in str(refused.value)

@@ -23,7 +23,7 @@ def program(name: str, fuse: bool = False) -> Program:
 def empty(made: Program, rows: int) -> list[Tensor]:
     state = []
     for site in made.caches:
-        kv_heads, k_dim, v_dim = site.geometry
+        kv_heads, k_dim, v_dim = site.geometry[:3]
         state += [torch.zeros(rows, kv_heads, CAPACITY, dim) for dim in (k_dim, v_dim)]
     slots = (len(made.caches), rows, CAPACITY)
     return [

@@ -37,6 +37,23 @@ def test_inputs_are_the_cache_and_the_op_alone_writes() -> None:
     assert not any(n.target is SITE_OP for n in program.graph.nodes)
 
 
+def test_kv_heads_become_rows_of_one_pool() -> None:
+    """Layers of two KV heads and of one: rows beyond the one get no token, and what repeats is made once a step."""
+    captured = capture(Toy(causal, narrow, causal))
+    program = run_pipeline(captured.program, pipeline(0.9, per_head=True)).program
+    shapes = {str(n.target): shape_of(n) for n in program.placeholders()}
+    rows = shape_of(program.input_ids)[0]
+    assert [s.cache_group for s in program.sites] == [0, 0, 0] and "k_pages_1" not in shapes
+    assert [s.keep_sets for s in program.sites] == [2, 1, 2]
+    assert shapes["k_pages_0"][1::2] == (1, 8) and shapes["v_pages_0"][1::2] == (1, 8)
+    assert shapes["page_table"][:2] == (3, 2 * rows) and shapes["length"] == (3, 2 * rows)
+    calls = [n for n in program.graph.nodes if n.target is CACHED_OP]
+    assert [shape_of(call.args[0])[:2] for call in calls] == [(2 * rows, 2), (2 * rows, 4), (2 * rows, 2)]
+    assert len({call.args[9] for call in calls}) == 1, "positions are repeated once a step"
+    assert calls[0].args[10] is calls[2].args[10] is not calls[1].args[10]
+    assert calls == [s.node for s in program.sites]
+
+
 def first(toy: Toy, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     toy.now.key, toy.now.value = key, value
     return causal(toy, query, key, value)
