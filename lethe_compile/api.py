@@ -12,7 +12,7 @@ from torch import nn
 from lethe_compile.capture import capture
 from lethe_compile.capture.causality import causality_told
 from lethe_compile.config import LetheConfig
-from lethe_compile.executor import choose_backend, warm_up_compiler
+from lethe_compile.executor import choose_backend, waits_for_host, warm_up_compiler
 from lethe_compile.memory import check_kv_memory
 from lethe_compile.passes import pipeline
 from lethe_compile.passes.base import run_pipeline
@@ -78,7 +78,9 @@ def optimize(
     with causality_told(captured.original, device):
         result = run_pipeline(captured.program, passes)
     stateful, content = bool(result.program.stateful), result.program.content
-    chosen = choose_backend(backend, device, stateful=stateful, content=content)
+    chosen = choose_backend(
+        backend, device, stateful=stateful, content=content, waits=waits_for_host(result.program.graph)
+    )
     fast = OptimizedModel(
         result.program,
         config,

@@ -17,13 +17,13 @@ BACKENDS = ("auto", "eager", "inductor", "cudagraphs")
 
 
 def choose_backend(
-    asked: str, device: torch.device, *, stateful: bool = False, content: bool = False
+    asked: str, device: torch.device, *, stateful: bool = False, content: bool = False, waits: str | None = None
 ) -> tuple[str, str]:
     """The backend that runs, and why, in words for the report.
 
     A `stateful` program calls modules of the model, whose code may wait for the device, which no CUDA graph can record:
-    it gets one only if asked for. One with masks that depend on the `content` of the sequence never gets one: its masks
-    grow with every step.
+    it gets one only if asked for, and so does one with a node that `waits` for the host (`waits_for_host`). One with
+    masks that depend on the `content` of the sequence never gets one: its masks grow with every step.
 
     Raises:
         ConfigError: an unknown name, or one that this device or this program cannot run.
@@ -44,13 +44,38 @@ def choose_backend(
         import triton  # noqa: F401
     except ImportError:
         return "eager", "Triton is not installed: reference kernels"
-    if content:
-        why = "no CUDA graphs, since masks that depend on the content grow with every step"
-        return "inductor", f"reference kernels where a mask reads the content, Inductor between them; {why}"
+    kernels, obstacle = "Triton kernels", waits
     if stateful:
-        why = "no CUDA graphs, since modules that keep other state run the model's own code"
-        return "inductor", f"Triton kernels, Inductor between them; {why}"
+        obstacle = "modules that keep other state run the model's own code"
+    if content:
+        kernels = "reference kernels where a mask reads the content"
+        obstacle = "masks that depend on the content grow with every step"
+    if obstacle is not None:
+        return "inductor", f"{kernels}, Inductor between them; no CUDA graphs, since {obstacle}"
     return "cudagraphs", "Triton kernels, Inductor between them, decode steps replayed as CUDA graphs"
+
+
+_WAITING = (
+    *("aten::nonzero", "aten::_local_scalar_dense", "aten::item", "aten::masked_select", "aten::bincount"),
+    *("aten::unique_dim", "aten::_unique2", "transformers::grouped_mm_fallback"),
+)
+
+
+def waits_for_host(graph: fx.Graph) -> str | None:
+    """Which node makes the host wait for the device, or the device for the host, in words; None if none does."""
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.target.name().partition(".")[0] in _WAITING:
+            return f"{node.target} ({node.name}) waits for the host"
+        before = [given.meta.get("val") for given in node.all_input_nodes]
+        sent = node.target.overloadpacket in (torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.copy)
+        # Else numbers of the host are read when a kernel is launched.
+        kinds = {value.device.type for value in before if isinstance(value, Tensor) and (sent or value.dim())}
+        after = node.meta.get("val")
+        if isinstance(after, Tensor) and after.device.type == "cuda" and "cpu" in kinds:
+            return f"{node.target} ({node.name}) reads a tensor of the host"
+    return None
 
 
 def warm_up_compiler() -> None:

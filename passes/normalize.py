@@ -49,6 +49,7 @@ class Normalize:
     ``_assert_tensor_metadata(x, …)``, guards               (nothing)
     ``detach(x)``, ``alias(x)``, ``lift_fresh_copy(x)``     ``x``
     ``to(x, its own dtype)``, ``dropout(x, p, False)``      ``x``
+    ``to(constant, another device)``                        the constant, there
     ``view(x, shape)``, recorded for one memory layout      ``reshape(x, shape)``
     ``wrap_with_set_grad_enabled(flag, region, *args)``     the region's nodes
     ``sym_size(any input, d)`` equal to a size of the ids   ``sym_size(input_ids, d)``
@@ -80,7 +81,26 @@ def tidy(module: fx.GraphModule) -> list[Note]:
             graph.erase_node(node)
         elif is_call(node, *_VIEWS):
             node.target = aten.reshape.default
+        elif is_call(node, *_CONVERSIONS):
+            _move_constant(module, node)
     return notes
+
+
+def _move_constant(module: fx.GraphModule, node: fx.Node) -> None:
+    """A constant that every step would send to the device, which no CUDA graph can record, is sent there once."""
+    source, after = operand(node), node.meta.get("val")
+    if not isinstance(source, fx.Node) or source.op != "get_attr" or not isinstance(after, Tensor):
+        return
+    constant = attribute(module, str(source.target))
+    if isinstance(constant, torch.nn.Parameter) or not isinstance(constant, Tensor) or constant.device == after.device:
+        return
+    name = f"{str(source.target).replace('.', '_')}_{node.name}"
+    module.register_buffer(name, constant.to(after.device, after.dtype), persistent=False)
+    with module.graph.inserting_before(source):
+        moved = module.graph.get_attr(name)
+    moved.meta.update(node.meta)
+    node.replace_all_uses_with(moved)
+    module.graph.erase_node(node)
 
 
 def _identity(node: fx.Node) -> fx.Node | None:

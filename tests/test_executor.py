@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lethe_compile as lethe
 from lethe_compile.errors import ConfigError
-from lethe_compile.executor import choose_backend
+from lethe_compile.executor import choose_backend, waits_for_host
 from lethe_compile.models.tiny import tiny
 from tests.hybrids import hybrid
+
+
+def test_a_node_that_waits_for_the_host_forbids_cuda_graphs() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.ones(3)
+    moved = graph.call_function(torch.ops.aten._to_copy.default, (x,))
+    moved.meta["val"] = torch.ones(3)
+    assert waits_for_host(graph) is None
+    found = graph.call_function(torch.ops.aten.nonzero.default, (moved,))
+    graph.output(found)
+    reason = waits_for_host(graph)
+    assert reason is not None and "aten.nonzero.default (nonzero_default) waits for the host" in reason
+    backend, why = choose_backend("auto", torch.device("cuda"), waits=reason)
+    assert backend == "inductor" and reason in why
+    with FakeTensorMode():
+        moved.meta["val"] = torch.empty(3, device="cuda")
+    reason = waits_for_host(graph)
+    assert reason is not None and "reads a tensor of the host" in reason
 
 
 def test_a_cpu_runs_the_graph_with_its_own_kernels() -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from lethe_compile.capture import capture
 from lethe_compile.config import LetheConfig
 from lethe_compile.errors import InputError
-from lethe_compile.executor import choose_backend
+from lethe_compile.executor import choose_backend, waits_for_host
 from lethe_compile.passes import pipeline
 from lethe_compile.passes.base import run_pipeline
 from lethe_compile.passes.program import Program
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     site = result.program.sites[0]
     device = result.program.input_ids.meta["val"].device
     stateful = result.program.stateful
-    backend = choose_backend("auto", device, stateful=bool(stateful), content=result.program.content)
+    waits = waits_for_host(result.program.graph)
+    backend = choose_backend("auto", device, stateful=bool(stateful), content=result.program.content, waits=waits)
     where = (site.node.meta["val"].dtype, device, backend, config.page_size_on(device.type))
     report = Report.of(result.records, result.program.sites, stateful, config, *where)
     Console().print(report)

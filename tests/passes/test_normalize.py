@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from lethe_compile.capture import capture
 from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.passes.base import run_pipeline
-from lethe_compile.passes.normalize import Normalize
+from lethe_compile.passes.normalize import Normalize, tidy
 from lethe_compile.passes.program import Program, is_call, written
 from tests.passes.toy import VOCABULARY, Toy, assert_computes_the_same, causal, masked, optimized
 
@@ -42,6 +42,25 @@ def test_identities_go_and_the_numbers_stay() -> None:
     gone = (aten.detach_, aten.detach, aten.lift_fresh_copy, aten.dropout, aten.view, aten._assert_tensor_metadata)
     assert not any(is_call(n, *gone) for n in program.graph.nodes)
     assert not any("wrap_with" in str(n.target) for n in program.graph.nodes)
+
+
+def test_a_constant_is_sent_to_the_device_once() -> None:
+    root = torch.nn.Module()
+    root.register_buffer("constant", torch.tensor(2.0))
+    root.register_parameter("weight", torch.nn.Parameter(torch.ones(2)))
+    graph = fx.Graph()
+    for name in ("constant", "weight"):
+        node = graph.get_attr(name)
+        node.meta["val"] = root.get_buffer(name) if name == "constant" else root.get_parameter(name)
+        sent = graph.call_function(aten.to.dtype_layout, (node,), {"dtype": torch.float64, "device": "meta"})
+        sent.meta["val"] = torch.empty(node.meta["val"].shape, dtype=torch.float64, device="meta")
+    graph.output(tuple(n for n in graph.nodes if is_call(n, aten.to)))
+    module = fx.GraphModule(root, graph)
+    tidy(module)
+    moved, kept = module.graph.output_node().args[0]
+    assert moved.op == "get_attr" and module.get_buffer(moved.target).device.type == "meta"
+    assert module.get_buffer(moved.target).dtype == torch.float64
+    assert is_call(kept, aten.to), "weights stay the model's own"
 
 
 def test_every_size_is_read_off_the_ids() -> None:
