@@ -86,7 +86,7 @@ class ModelEngine:
         Raises:
             OutOfTime: the deadline passed.
         """
-        if self._cell is None or self._cell.config != cell.config:
+        if self._cell is None or (self._cell.config, self._cell.batch) != (cell.config, cell.batch):
             self._switch(cell, problems)
         ids, mask = left_padded([problem.prompt for problem in problems])
         device = self.fast.device
@@ -110,12 +110,12 @@ class ModelEngine:
         return records, _timeline(recorder)
 
     def _switch(self, cell: Cell, problems: Sequence[Problem]) -> None:
-        """Another configuration. On a GPU a few untimed steps compile and record what its batches replay."""
+        """Another configuration, or other batches. On a GPU a few untimed steps compile and record what its batches replay."""
         kind = make_policy(cell.config).per_head
         first = kind not in self._made
         if first:
             self._made[kind] = self._optimize(cell.config)
-        else:
+        elif self._cell is None or self._cell.config != cell.config:
             self._made[kind].reconfigure(cell.config)
         self.fast, self._cell = self._made[kind], cell
         self._end = _end_tokens(self.fast, self.tokenizer)
