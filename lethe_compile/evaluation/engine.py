@@ -110,7 +110,7 @@ class ModelEngine:
         return records, _timeline(recorder)
 
     def _switch(self, cell: Cell, problems: Sequence[Problem]) -> None:
-        """Another configuration, or other batches. On a GPU a few untimed steps compile and record what its batches replay."""
+        """Other settings or batches. On a GPU a few untimed steps compile and record what these replay."""
         kind = make_policy(cell.config).per_head
         first = kind not in self._made
         if first:
