@@ -49,6 +49,9 @@ _OPTIONS = Rule(
 class LetheConfig(Settings):
     """What to keep in the KV cache, and when to decide.
 
+    "Measured" below is on the bundled reasoner, 512 problems of 2,000 to 3,000 tokens, where the full cache solves
+    99.8%; all cells are in `tools/results/reasoner-policies-2026-11-26.json`. Measure on your own model: `lethe evaluate`.
+
     Raises:
         ConfigError: a value has the wrong type, is out of range, or contradicts another field.
     """
@@ -64,39 +67,43 @@ class LetheConfig(Settings):
 
     sparse_ratio: float = setting(30.0, number("in (1, 1e30]", lambda v: 1 < v <= 1e30))
     """τ: the highest score must exceed a score τ times for that one to be prunable. Ratio in (1, 1e30]; larger keeps
-    more. Paper: 400, for sums of attention. Measured: see `score`."""
+    more. Paper: 400, for sums of attention. Measured without a cap: 10, 30, 100 solve 98.4, 99.6, 99.6% at 0.21, 0.29,
+    0.50 × the full cache's mean bytes."""
 
     recent_ratio: float = setting(0.4, SHARE)
     """Share of a sequence's retained tokens, counted from the newest, that a round never evicts: the grace of new
-    tokens, whose scores are still small. In [0, 1]; at least one token is kept in any case. Paper: 0.3."""
+    tokens, whose scores are still small. In [0, 1]; at least one token is kept in any case. Paper: 0.3.
+    Measured at `max_tokens` 192: 0.1, 0.2, 0.3, 0.4, 0.5 solve 23, 46, 76, 78, 67%."""
 
     segments: int = setting(16, integer(2, 1024))
     """D: equal segments of the sorted scores between which a breakpoint is looked for. 2..1024. More segments cut
-    closer to the first prunable score; fewer are safer, since the first n/D tokens always stay. Not in the paper."""
+    closer to the first prunable score; fewer are safer, since the first n/D tokens always stay. Not in the paper.
+    Measured without a cap: 4, 16, 64 solve 99.6% each, at 2.46, 2.17, 2.12 MiB."""
 
     decay: float = setting(0.985, number("in (0, 1]", lambda v: 0 < v <= 1))
     """γ: factor on every token's score at each decode step (RASR). In (0, 1]; 1 never forgets. A score halves in
-    ln 2 / (1 - γ) steps, 46 at 0.985. Not in the paper."""
+    ln 2 / (1 - γ) steps, 46 at 0.985. Not in the paper. Measured at `max_tokens` 192: 0.95, 0.97, 0.985, 0.995, 1 solve
+    73, 80, 78, 63, 46%; intervals of 0.97 and 0.985 overlap."""
 
     score: str = setting("peak", one_of("peak", "sum"))
     """What a token's score gathers from a step: "peak", its largest attention probability over heads and queries, kept
     as `max(γ·s, peak)`; or "sum", the paper's RASR, the sum over heads and queries, kept as `γ·s + sum`. A sum also
     counts the little that idle heads spread over everything, which drowns what one head really reads.
 
-    Measured on the bundled reasoner, where sums are so flat that τ = 400 finds no breakpoint: with the defaults here,
-    `lethe demo --problems 96 --seed 1` solves 96 of 96 at 0.25 × the full cache's mean bytes."""
+    Measured at `max_tokens` 256: peaks solve 93.8%, sums 87.5%, whatever τ in 100..800, for sums are so flat there that
+    no breakpoint is found."""
 
     sink_tokens: int = setting(4, integer(0, 1024))
     """Tokens at positions 0..sink_tokens-1, which a round never evicts. 0..1024. Not in the paper."""
 
     prune_threshold: int = setting(128, integer(1))
     """Retained tokens at which a layer is first considered for pruning; doubles whenever no breakpoint is found.
-    ≥ 1. Not in the paper."""
+    ≥ 1. Not in the paper. Measured without a cap: 64, 128, 256 are alike."""
 
     prune_interval: int | None = setting(None, optional(integer(1)))
     """Decode steps between two rounds. ≥ 1, or None: 32 on a CPU. Elsewhere, where the device waits for the host in a
     round, an eighth of `max_tokens`, in 32..128; 128 without a cap, 32 with a `budget`. Fewer steps hold the cache
-    closer to its target and cost more rounds."""
+    closer to its target and cost more rounds. Measured at `max_tokens` 192: 16, 32, 64 solve 84, 78, 43%."""
 
     max_tokens: int | None = setting(None, optional(integer(1)))
     """Hard cap on the retained tokens of one layer and sequence during decode; None for no cap.
