@@ -50,7 +50,7 @@ class LetheConfig(Settings):
     """What to keep in the KV cache, and when to decide.
 
     "Measured" below is on the bundled reasoner, 512 problems of 2,000 to 3,000 tokens, where the full cache solves
-    99.8%; all cells are in `tools/results/reasoner-policies-2026-11-26.json`. Measure on your own model: `lethe evaluate`.
+    99.8%; all cells are in `tools/results/reasoner-policies-2026-11-26.json`. `lethe evaluate` measures your own model.
 
     Raises:
         ConfigError: a value has the wrong type, is out of range, or contradicts another field.
