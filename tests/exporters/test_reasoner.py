@@ -28,6 +28,9 @@ from lethe_compile.tools import run as run_tool
 from tests.exporters.onnx_case import check_format, generated, lethe_without
 
 
+pytestmark = pytest.mark.slow  # an export of its size takes most of a minute
+
+
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifact") / "reasoner"

@@ -166,6 +166,7 @@ def test_decode(heads: Heads, page: int, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.interpreted
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [4, 16, 64])
 @pytest.mark.parametrize("heads", SHAPES, ids=str)
 def test_decode_on_pages_of_any_size(heads: Heads, page: int) -> None:
@@ -204,12 +205,14 @@ def test_values_in_keys(heads: Heads, page: int, options: str) -> None:
 
 
 @pytest.mark.interpreted
+@pytest.mark.slow
 def test_values_in_keys_in_half_precision() -> None:
     assert_agrees(decode.attention, case(LATENT[0], 16, [20, 5], [1, 0], torch.bfloat16), OPTIONS["peak"])
     assert_agrees(prefill.attention, case(LATENT[0], 16, [0, 9], [12, 0], torch.bfloat16), OPTIONS["sum"])
 
 
 @pytest.mark.interpreted
+@pytest.mark.slow
 @pytest.mark.parametrize("in_keys", [True, False])
 def test_query_heads_in_tiles(in_keys: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as a program holds, here 16: 40 heads over one KV head, and over two."""

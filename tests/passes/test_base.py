@@ -127,8 +127,8 @@ def test_a_sound_pass_is_recorded_observed_and_dumped(
     assert seen == [(r.name, r.nodes) for r in records] and [r.name for r in records] == [p.name for p in steps]
     written = sorted(path.name for path in (tmp_path / "graphs").iterdir())
     assert written == sorted(f"{i:02d}-{p.name}.{kind}" for i, p in enumerate(steps) for kind in ("txt", "dot"))
-    assert "torch.ops.lethe.attention.default" in (tmp_path / "graphs/07-insert-attention.txt").read_text()
-    drawn = (tmp_path / "graphs/07-insert-attention.dot").read_text()
+    assert "torch.ops.lethe.attention.default" in (tmp_path / "graphs/08-insert-attention.txt").read_text()
+    drawn = (tmp_path / "graphs/08-insert-attention.dot").read_text()
     assert drawn.startswith("digraph {") and '"input_ids" -> "embedding"' in drawn
 
 

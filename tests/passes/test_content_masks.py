@@ -100,7 +100,7 @@ def test_what_masks_read_of_keys_is_cached_beside_them() -> None:
     index, plain, follower = program.sites
     assert (index.content, plain.content, follower.content) == (True, False, True)
     assert index.columns * index.kv_heads >= HEAD_DIM and not plain.columns and not follower.columns
-    assert index.geometry == (2, HEAD_DIM + index.columns, HEAD_DIM) and index.cache_group != plain.cache_group
+    assert index.geometry == (2, HEAD_DIM + index.columns, HEAD_DIM, False) and index.cache_group != plain.cache_group
     shapes = {str(n.target): shape_of(n) for n in program.placeholders()}
     assert shapes[f"k_pages_{index.cache_group}"][3] == HEAD_DIM + index.columns
     assert len(shapes["seen"]) == 1
