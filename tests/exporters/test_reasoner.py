@@ -27,7 +27,6 @@ from lethe_compile.tools import export
 from lethe_compile.tools import run as run_tool
 from tests.exporters.onnx_case import check_format, generated, lethe_without
 
-
 pytestmark = pytest.mark.slow  # an export of its size takes most of a minute
 
 
