@@ -299,6 +299,7 @@ def rolling_case(request: pytest.FixtureRequest) -> Case:
     return case(model, module, example)
 
 
+@pytest.mark.slow
 def test_a_rolling_cache_in_torch_compile(rolling_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph of a full window: before it is full, every token that there is is seen."""
     use(monkeypatch, rolling_case.captured)

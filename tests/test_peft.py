@@ -65,6 +65,7 @@ def test_lora_is_part_of_the_graph(name: str, task_type: str | None) -> None:
         assert mine <= {p.data_ptr() for p in model.parameters()}, "weights are shared, the adapter's too"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -119,6 +120,7 @@ def test_the_adapters_that_are_active_are_compiled_in(active: str | list[str]) -
     assert ("default" in names) == ("default" in active) and ("second" in names) == ("second" in active)
 
 
+@pytest.mark.slow
 def test_switching_adapters_later_changes_nothing() -> None:
     model = two_adapters()
     fast = lethe.optimize(model, policy="full")

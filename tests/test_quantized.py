@@ -119,6 +119,7 @@ def test_torchao_int8_weights(name: str, dtype: torch.dtype) -> None:
     assert {p.data_ptr() for p in fast.parameters() if p.numel()} <= stored(model), "and are the model's own"
 
 
+@pytest.mark.slow
 @needs_torchao
 @pytest.mark.parametrize(
     "scheme", ["Int8DynamicActivationInt8WeightConfig", "IntxWeightOnlyConfig", "Float8WeightOnlyConfig"]

@@ -115,6 +115,7 @@ def test_a_cell_of_two_groups_runs_once(tmp_path: Path) -> None:
     assert len(heard) == 1 + 1 and heard[0].wanted == 12 and done.complete
 
 
+@pytest.mark.slow
 def test_worker_processes(tmp_path: Path) -> None:
     """Each of two workers is killed by what it runs, and each batch so lost is named; the rest is kept."""
     done = run(tmp_path, Make(deadly="stub/5"), processes=2)
