@@ -6,17 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import pytest
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.tasks import TaskManager
 
 import lethe_compile as lethe
 from lethe_compile.errors import InputError
-from lethe_compile.harness import LetheLM
 from lethe_compile.models import reasoner
 from lethe_compile.models.reasoner.task import render
+
+lm_eval = pytest.importorskip("lm_eval", reason="needs the extra: pip install 'lethe-compile[harness]'")
+
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from lethe_compile.harness import LetheLM  # noqa: E402
 
 CAPPED = lethe.LetheConfig(max_tokens=48, prune_interval=8, protect_prompt=False)
 

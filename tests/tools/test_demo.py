@@ -11,6 +11,7 @@ from lethe_compile.errors import InputError
 from lethe_compile.tools import demo
 
 
+@pytest.mark.slow
 def test_the_reasoner_solves_with_less_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "demo.json"
     assert demo.main(["--problems", "2", "--shortest", "1000", "--longest", "1100", "--json", str(file)]) == 0
