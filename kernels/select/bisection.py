@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lethe_compile.kernels.select.reference import held
+
 _EXPONENTS = (128, 64, 32, 16, 8, 4, 2, 1)
 _MANTISSA = 23
 
@@ -28,8 +30,7 @@ def select(
     include_sinks: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.select`, for scores in float32, bit for bit."""
-    slots = torch.arange(mass.shape[1], device=mass.device)
-    valid = (slots < length.unsqueeze(1)) & (position >= 0)
+    valid = held(position, length)
     sink = valid & (position < sink_tokens)
     protected = valid & (position < protected_length.unsqueeze(1))
     return choose(mass, valid, sink, protected, sparse_ratio, segments, recent_ratio, cap, include_sinks)

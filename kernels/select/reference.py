@@ -55,7 +55,7 @@ def select(
     Returns:
         keep [R, N] bool, False where there is no token; broke [R] bool, whether a breakpoint was found.
     """
-    valid = _valid(position, length)
+    valid = held(position, length)
     sink = valid & (position < sink_tokens)
     protected = valid & (position < protected_length.unsqueeze(1))
     return choose(mass, valid, sink, protected, sparse_ratio, segments, recent_ratio, cap, include_sinks)
@@ -90,7 +90,7 @@ def select_shared(
     Returns:
         keep [R, N] bool; broke [R] bool, the same for all active rows and False elsewhere.
     """
-    valid = _valid(position, length)
+    valid = held(position, length)
     counted = valid & active.unsqueeze(1)
     sink = counted & (position < sink_tokens)
     protected = counted & (position < protected_length.unsqueeze(1))
@@ -128,7 +128,7 @@ def top(
         recent: [R] int64, each >= 0; at least one token counts as recent.
         (others as in `select`)
     """
-    valid = _valid(position, length)
+    valid = held(position, length)
     age = valid.flip(1).cumsum(1).flip(1)  # [R, N] 1 = newest token
     newest = valid & (age <= recent.clamp(min=1).unsqueeze(1))
     tier = torch.full_like(age, 3)
@@ -143,7 +143,7 @@ def top(
 
 def summed_mass(mass: Tensor, position: Tensor, length: Tensor, active: Tensor) -> Tensor:
     """Scores [R, N] of the active rows, right-aligned and summed over rows: [1, N], 0 where no row has a token."""
-    counted = _valid(position, length) & active.unsqueeze(1)
+    counted = held(position, length) & active.unsqueeze(1)
     return _align_right(mass.masked_fill(~counted, 0), length).sum(0, keepdim=True)
 
 
@@ -237,7 +237,7 @@ def _share(count: Tensor, ratio: float) -> Tensor:
     return (count.double() * ratio).floor().long().clamp(min=1).unsqueeze(1)
 
 
-def _valid(position: Tensor, length: Tensor) -> Tensor:
+def held(position: Tensor, length: Tensor) -> Tensor:
     """[R, N] bool: slots that hold a token."""
     slots = torch.arange(position.shape[1], device=position.device)
     return (slots < length.unsqueeze(1)) & (position >= 0)

@@ -113,3 +113,19 @@ class RankedPolicy(BudgetedPolicy):
             protected_length=protected.expand_as(target).flatten(),
         )
         return keep.view_as(view.mass)
+
+
+class ObservedPolicy(RankedPolicy):
+    """Scores are what the newest `options.window` queries attended to; their own tokens stay, up to half of the cap."""
+
+    @property
+    def decay(self) -> float | None:
+        return 1.0
+
+    @property
+    def observation_window(self) -> int | None:
+        window: int = self.options.window
+        return window
+
+    def recent(self, target: Tensor) -> Tensor:
+        return torch.clamp(target // 2, max=self.options.window)

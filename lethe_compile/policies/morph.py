@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lethe_compile.policies.base import RoundState
-from lethe_compile.policies.budgeted import RankedPolicy
+from lethe_compile.policies.budgeted import ObservedPolicy
 from lethe_compile.settings import Settings, integer, one_of, setting
 
 
@@ -30,7 +29,7 @@ class MorphOptions(Settings):
     """How the attention of those queries comes together."""
 
 
-class MorphPolicy(RankedPolicy):
+class MorphPolicy(ObservedPolicy):
     """Keep the newest tokens, and the distant ones that these attend to."""
 
     name = "morph"
@@ -38,19 +37,8 @@ class MorphPolicy(RankedPolicy):
     options: MorphOptions
 
     @property
-    def decay(self) -> float | None:
-        return 1.0
-
-    @property
     def peak(self) -> bool:
         return self.options.fusion == "max"
 
-    @property
-    def observation_window(self) -> int | None:
-        return self.options.window
-
     def scores(self, view: RoundState) -> Tensor:
         return view.mass
-
-    def recent(self, target: Tensor) -> Tensor:
-        return torch.clamp(target // 2, max=self.options.window)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lethe_compile.policies.base import RoundState
-from lethe_compile.policies.budgeted import RankedPolicy
+from lethe_compile.policies.budgeted import ObservedPolicy
 from lethe_compile.policies.pooling import ODD, pooled
 from lethe_compile.settings import SHARE, Settings, integer, number, setting
 
@@ -41,20 +41,12 @@ class RkvOptions(Settings):
     """T: cosine similarity of two keys above which their tokens resemble each other."""
 
 
-class RkvPolicy(RankedPolicy):
+class RkvPolicy(ObservedPolicy):
     """Keep tokens that the newest queries attend to and whose keys are unlike the others'."""
 
     name = "rkv"
     Options = RkvOptions
     options: RkvOptions
-
-    @property
-    def decay(self) -> float | None:
-        return 1.0
-
-    @property
-    def observation_window(self) -> int | None:
-        return self.options.window
 
     def scores(self, view: RoundState) -> Tensor:
         weight = self.options.importance
@@ -63,9 +55,6 @@ class RkvPolicy(RankedPolicy):
         attention = pooled(view.mass, self.options.kernel, "max")
         total = view.mass.sum(2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         return weight * (attention / total) - (1 - weight) * torch.stack(alike)
-
-    def recent(self, target: Tensor) -> Tensor:
-        return torch.clamp(target // 2, max=self.options.window)
 
 
 def redundancy(keys: Tensor, valid: Tensor, similar: float) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lethe_compile.policies.base import RoundState
-from lethe_compile.policies.budgeted import RankedPolicy
+from lethe_compile.policies.budgeted import ObservedPolicy
 from lethe_compile.policies.pooling import ODD, pooled
 from lethe_compile.settings import Settings, integer, one_of, setting
 
@@ -35,26 +35,15 @@ class SnapKVOptions(Settings):
     """What a token gets of its neighbours' attention: the mean, or the most."""
 
 
-class SnapKVPolicy(RankedPolicy):
+class SnapKVPolicy(ObservedPolicy):
     """Keep the tokens that the newest queries attend to, with their neighbours, and those queries' own tokens."""
 
     name = "snapkv"
     Options = SnapKVOptions
     options: SnapKVOptions
 
-    @property
-    def decay(self) -> float | None:
-        return 1.0
-
-    @property
-    def observation_window(self) -> int | None:
-        return self.options.window
-
     def scores(self, view: RoundState) -> Tensor:
         """Pooled attention; the window's own tokens have their own alone, and lend it to nobody."""
         newest = view.position >= (view.next_position - self.options.window).unsqueeze(1)
         around = pooled(view.mass.masked_fill(newest, 0), self.options.kernel, self.options.pooling)
         return torch.where(newest, view.mass, around)
-
-    def recent(self, target: Tensor) -> Tensor:
-        return torch.clamp(target // 2, max=self.options.window)
