@@ -14,6 +14,8 @@ from lethe_compile.config import LetheConfig
 from lethe_compile.errors import (
     ArtifactError,
     ConfigError,
+    EngineBusyError,
+    EngineClosedError,
     InputError,
     LetheError,
     MissingPackageError,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from lethe_compile.api import optimize
     from lethe_compile.exporters import export
     from lethe_compile.runtime import OptimizedModel
+    from lethe_compile.serving import Engine, Request, SamplingParams
 
 if "lethe" not in entry_points(group="torch_dynamo_backends").names and find_spec("torch"):  # a checkout
     from torch._dynamo import register_backend
@@ -39,12 +42,17 @@ __version__ = "0.1.0"
 __all__ = [
     "ArtifactError",
     "ConfigError",
+    "Engine",
+    "EngineBusyError",
+    "EngineClosedError",
     "InputError",
     "LetheConfig",
     "LetheError",
     "MissingPackageError",
     "OptimizedModel",
     "OutOfPagesError",
+    "Request",
+    "SamplingParams",
     "UnsupportedGraphError",
     "VerificationError",
     "export",
@@ -52,7 +60,10 @@ __all__ = [
 ]
 
 _LATE = {
+    "Engine": "lethe_compile.serving",
     "OptimizedModel": "lethe_compile.runtime",
+    "Request": "lethe_compile.serving",
+    "SamplingParams": "lethe_compile.serving",
     "export": "lethe_compile.exporters",
     "optimize": "lethe_compile.api",
 }
