@@ -66,7 +66,7 @@ class Request:
     ) -> None:
         self.id, self.prompt, self.params = id, prompt, params
         self._cancel = cancel
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._reason: FinishReason | None = None
@@ -197,9 +197,21 @@ class Request:
                 self._reason, self._error, self._stats, self._status = reason, error, stats, "finished"
                 self._notify()
 
+    def _when_done(self, tell: Callable[[Request], object]) -> None:
+        """Call `tell` once it has ended, in whatever thread that happens; at once if it has."""
+
+        def listener() -> None:
+            if self.done:
+                self._listeners.remove(listener)
+                tell(self)
+
+        with self._changed:
+            self._listeners.append(listener)
+            listener()
+
     def _notify(self) -> None:
         self._changed.notify_all()
-        for listener in self._listeners:
+        for listener in list(self._listeners):
             listener()
 
 
