@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from lethe_compile.errors import ConfigError
-from lethe_compile.passes.insert_attention import CACHED_OP, without_fading
+from lethe_compile.passes.insert_attention import without_fading
 from lethe_compile.passes.outline import Outline, Span, narrowed, outline
-from lethe_compile.passes.program import Program, attribute, shape_of
+from lethe_compile.passes.program import CACHED_OP, Program, attribute, shape_of
 
 BACKENDS = ("auto", "eager", "inductor", "cudagraphs")
 

@@ -43,8 +43,8 @@ class Admission:
         if need > allowed:
             raise InputError(
                 f"{prompt} prompt and {new_tokens} new tokens need {need} bytes of KV cache under policy"
-                f" {self._policy.name!r}, and the engine has {allowed} in all: shorten the prompt, lower max_new_tokens,"
-                " raise kv_memory, or prune with a policy that needs less"
+                f" {self._policy.name!r}, and the engine has {allowed} in all: shorten the prompt, lower"
+                " max_new_tokens, raise kv_memory, or prune with a policy that needs less"
             )
 
     def claim(self, prompt: int, new_tokens: int) -> Counts | None:

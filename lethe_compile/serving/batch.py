@@ -18,7 +18,6 @@ from lethe_compile.runtime import OptimizedModel, bucket
 from lethe_compile.serving.row_policy import RowPolicy
 from lethe_compile.states import States
 
-
 _WARM = 16  # tokens of a prompt that only warms up
 
 
@@ -241,11 +240,13 @@ class Batch:
         rows = self.rows(sequences)
         which = sent(np.asarray(sequences, np.int64), self.device)
         sets, windows = self.fast.keep_sets, self.fast.windows
-        of = (sets.spread(each[which]) for each in (self._prompts, self.next_position, self.active))
+        prompts, following, active = (sets.spread(x[which]) for x in (self._prompts, self.next_position, self.active))
         state = RoundState(
             *self.cache.scores(rows),
             windows,
-            *of,
+            prompts,
+            following,
+            active,
             key_source=lambda layer: self.cache.keys(layer, rows),
             heads=self._heads,
         )

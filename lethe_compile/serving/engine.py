@@ -48,8 +48,8 @@ class Engine:
     Args:
         fast: what `optimize` returned.
         max_batch: most requests that are decoded together.
-        kv_memory: most memory of the cache, as in `optimize`; None: `fast.kv_memory`, else on a GPU 0.9 of what is free,
-            on a CPU no limit.
+        kv_memory: most memory of the cache, as in `optimize`; None: `fast.kv_memory`, else on a GPU 0.9 of what is
+            free, on a CPU no limit.
         max_queue: most requests that wait; beyond that `submit` raises `EngineBusyError`. None: no limit.
         max_length: most prompt and new tokens of a request together; None: what model and memory allow.
         prefill_chunk: most prompt tokens that are run between two decode steps; None: 256 on a CPU, 2048 elsewhere.
@@ -57,11 +57,11 @@ class Engine:
             then; "preempt" never prunes harder than the policy would alone.
         tokenizer: for `stop_strings`; nothing else needs it.
 
-    Guarantees, in float32: greedy tokens of a request are those of ``fast.generate`` with the prompt alone, whatever its
-    neighbours do, and drawn tokens those of the same `seed`; with pruning too, each request's rounds coming at its own
-    steps. A preempted request is computed anew so that it goes on exactly as it would have. The one exception is a
+    Guarantees, in float32: greedy tokens of a request are those of ``fast.generate`` with the prompt alone, whatever
+    its neighbours do, and drawn tokens those of the same `seed`; with pruning too, each request's rounds coming at its
+    own steps. A preempted request is computed anew so that it goes on exactly as it would have. The one exception is a
     request that pressure has pruned harder (`RequestStats.pressed` above 0): with `under_pressure="preempt"` there is
-    none.
+    none, unless a request does not fit even alone without.
 
     Raises:
         ConfigError: a setting that is not allowed; a policy that couples rows (`paper_literal`).
@@ -97,7 +97,7 @@ class Engine:
         self._closing = self._abort = False
         self._failure: BaseException | None = None
         self._counters, self._times = Counters(), Times()
-        self._look: dict[str, int | None] = {}
+        self._look: dict[str, Any] = {}
         executor = fast.lend("an Engine")
         try:
             self._loop = self._make_loop(executor, kv_memory, prefill_chunk, under_pressure == "prune")
@@ -240,7 +240,7 @@ class Engine:
                 with self._changed:
                     self._enter(job)
                 begun[job.request] = None
-                job.request._when_done(ended.put)
+                job.request.add_done_callback(ended.put)
 
         try:
             refill()
@@ -264,7 +264,7 @@ class Engine:
             return EngineStats(
                 queued=self._waiting,
                 max_batch=self.max_batch,
-                **self._look,  # type: ignore[arg-type]
+                **self._look,
                 **asdict(self._counters),
                 **self._times.lists(),
             )

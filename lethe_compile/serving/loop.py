@@ -276,8 +276,8 @@ def _logprobs(logits: Tensor, token: Tensor, count: int | None) -> tuple[Tensor,
 
 
 def _figures(token: int, figures: tuple[Tensor, Tensor, Tensor]) -> TokenLogprobs:
-    own, values, indices = (each.tolist() for each in figures)
-    return TokenLogprobs(token, own, tuple(zip(indices, values, strict=True)))
+    own, values, indices = figures
+    return TokenLogprobs(token, float(own), tuple(zip(indices.tolist(), values.tolist(), strict=True)))
 
 
 def _broken(job: Job) -> LetheError:

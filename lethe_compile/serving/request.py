@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
@@ -53,18 +54,21 @@ class Request:
     Iterate (``for token in request``, ``async for token in request``) for tokens as they are generated: every consumer
     gets all of them from the first on. ``request.result()`` and ``await request`` wait for the `Completion`.
 
-    When a request fails, whoever waits gets its error. When it is cancelled, iteration ends and the `Completion` says so.
+    When a request fails, whoever waits gets its error. When it is cancelled, iteration ends, and the `Completion` says
+    so.
 
     Attributes:
         id: unique in the process, or as given to `submit`.
         prompt: its token ids.
         params: how it is sampled, and when it ends.
+        submitted: when, by `time.monotonic()`.
     """
 
     def __init__(
         self, id: str, prompt: tuple[int, ...], params: SamplingParams, cancel: Callable[[Request], None]
     ) -> None:
         self.id, self.prompt, self.params = id, prompt, params
+        self.submitted = time.monotonic()
         self._cancel = cancel
         self._changed = threading.Condition(threading.RLock())
         self._tokens: list[int] = []
@@ -129,6 +133,18 @@ class Request:
             if not self._changed.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"request {self.id} has not ended within {timeout} s; it goes on: wait or cancel it")
         return self._completion()
+
+    def add_done_callback(self, tell: Callable[[Request], object]) -> None:
+        """Call `tell(request)` once it has ended: in the engine's thread, so briefly; at once if it has already."""
+
+        def listener() -> None:
+            if self.done:
+                self._listeners.remove(listener)
+                tell(self)
+
+        with self._changed:
+            self._listeners.append(listener)
+            listener()
 
     def __iter__(self) -> Iterator[int]:
         at = 0
@@ -196,18 +212,6 @@ class Request:
             if self._status != "finished":
                 self._reason, self._error, self._stats, self._status = reason, error, stats, "finished"
                 self._notify()
-
-    def _when_done(self, tell: Callable[[Request], object]) -> None:
-        """Call `tell` once it has ended, in whatever thread that happens; at once if it has."""
-
-        def listener() -> None:
-            if self.done:
-                self._listeners.remove(listener)
-                tell(self)
-
-        with self._changed:
-            self._listeners.append(listener)
-            listener()
 
     def _notify(self) -> None:
         self._changed.notify_all()

@@ -70,7 +70,7 @@ class Warp:
         scores, least = logits, float("-inf")
         if self.temperature is not None:  # on a GPU, torch divides by a number by multiplying with its inverse
             scores = scores * (1 / self.temperature) if scores.is_cuda else scores / self.temperature
-        if self.top_k is not None:
+        if self.top_k is not None and self.off is not None:
             edge = scores.topk(self.most).values.gather(1, self.top_k - 1)
             scores = scores.masked_fill((scores < edge) & ~self.off, least)
         if self.below is not None:

@@ -155,9 +155,9 @@ class Scheduler:
     def _preempt(self, job: Job) -> None:
         """Take its pages; it waits in front, and is then computed anew.
 
-        Where nothing is evicted, all its text is prefilled at once. Where tokens are evicted, that would need more pages
-        than it had, and keep others: its prompt is prefilled, and its own tokens are fed step by step, so that every
-        round comes where it came, and what it writes afterwards is what it would have written.
+        Where nothing is evicted, all its text is prefilled at once. Where tokens are evicted, that would need more
+        pages than it had, and keep others: its prompt is prefilled, and its own tokens are fed step by step, so that
+        every round comes where it came, and what it writes afterwards is what it would have written.
         """
         job.wants = self.batch.cache.lengths[:, self.batch.rows_of(job.row or 0)] + self.batch.interval
         at_once = self._lossless and job.generated > 0 and self.admission.holds(len(job.text) + self.batch.interval)

@@ -19,7 +19,7 @@ class RequestStats:
         per_token: mean time of each token after the first (TPOT); None with fewer than two.
         total: from `submit` to the end.
         rounds: rounds of its own schedule that evicted something.
-        pressed: rounds that pruned it harder for lack of pages. With 0, its greedy tokens are those that it writes alone.
+        pressed: rounds that pruned it harder for lack of pages. With 0, its greedy tokens are those it writes alone.
         preemptions: how often it lost its pages and was computed anew.
         retained_peak: most tokens that its layers held together, as the host bounds them.
     """
@@ -110,5 +110,6 @@ class Times:
     def __init__(self) -> None:
         self.ttft, self.tpot, self.queue_time, self.end_to_end = (deque[float](maxlen=_KEPT) for _ in range(4))
 
-    def lists(self) -> dict[str, list[float]]:
+    def lists(self) -> dict[str, Any]:
+        """By name, as `EngineStats` has them."""
         return {name: list(values) for name, values in vars(self).items()}
