@@ -94,7 +94,7 @@ def submit(loop: Loop, fast: lethe.OptimizedModel, order: int, prompt: list[int]
 
 def step(loop: Loop) -> None:
     loop.step()
-    loop.scheduler.sweep()
+    loop.tell()
     check_pages(loop.batch.cache, loop.batch.used)
     assert [job.row for job in loop.scheduler.rows] == list(range(loop.batch.used))
 

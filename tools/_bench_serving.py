@@ -82,8 +82,7 @@ def _reasoner_load() -> Load:
     from lethe_compile.models import reasoner
 
     made = reasoner.problems(64, seed=11, min_tokens=2000, max_tokens=3000)
-    prompts = [[token for token in line if token] for line in made.prompts.tolist()]
-    return Load(prompts, (3500, 3500), 64 * 2**20, ignore_eos=False)
+    return Load([made.prompt(row) for row in range(len(made))], (3500, 3500), 64 * 2**20, ignore_eos=False)
 
 
 def _random_load(bench: Bench, fast: OptimizedModel) -> Load:

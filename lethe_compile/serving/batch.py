@@ -74,14 +74,16 @@ class Batch:
             return
         for count in (1, min(2, self.size)):
             for _ in range(count):
-                self.join(_WARM)
-            self.cache.reserve_rows(np.repeat(np.arange(self.size) < count, self._heads) * _WARM)
-            self.prefill(0, np.zeros((count, _WARM), np.int64), np.full(count, _WARM), ends=True)
+                self.join(2 * _WARM)
+            self.cache.reserve_rows(np.repeat(np.arange(self.size) < count, self._heads) * 2 * _WARM)
+            for ends in (False, True):  # a prompt's first part, and one that goes on
+                self.prefill(0, np.zeros((count, _WARM), np.int64), np.full(count, _WARM), ends)
             for row in reversed(range(count)):
                 self.leave(row)
+        self.states.has_previous_state = True
         for rows in range(1, self.size + 1):
             if self.fast.backend[0] != "cudagraphs":
-                state = self.fast.graph_state(self.cache, self.states, rows)
+                state = self.fast.graph_state(self.cache, self.states, rows, furthest=2 * _WARM)
                 at, none = slice(0, rows), torch.zeros(rows, dtype=torch.int32, device=self.device)
                 self._executor.run(self.tokens[at, None], self.next_position[at, None], none, state)
                 if rows == 2:  # one row is a variant of its own, all others are another
@@ -268,6 +270,9 @@ class Batch:
         return tokens
 
     def end(self) -> None:
-        """Give everything back."""
-        self.cache.end()
+        """Give everything back, memory included."""
         self._graphs.clear()
+        limit = self.cache.max_bytes
+        self.cache = self.fast.new_cache()
+        self.cache.max_bytes = limit
+        self.states = States((), self.device)

@@ -299,6 +299,7 @@ class Engine:
                 while self._take():
                     self._loop.step()
                     self._observe()
+                    self._loop.tell()
         except BaseException as error:
             self._failure = error
         finally:
@@ -326,6 +327,7 @@ class Engine:
             error = EngineClosedError(f"the engine has failed: {self._failure!r}")
             error.__cause__ = self._failure
             self._loop.fail(job, error)
+        self._loop.tell()
         self._loop.scheduler.waiting.clear()
         self._loop.scheduler.rows.clear()
         try:

@@ -23,7 +23,7 @@ from lethe_compile.serving.job import Job
 from lethe_compile.serving.request import FinishReason, TokenLogprobs
 from lethe_compile.serving.sampler import Sampler, vectorised
 from lethe_compile.serving.scheduler import Scheduler
-from lethe_compile.serving.stats import Counters, Times
+from lethe_compile.serving.stats import Counters, RequestStats, Times
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Loop:
         self._sampler = Sampler(fast.vocab_size, fast.device)
         self._overlap = fast.device.type == "cuda"
         self._sent: deque[Sent] = deque()
+        self._ended: deque[tuple[Job, FinishReason, RequestStats, BaseException | None]] = deque()
         self._stops = torch.zeros(0, 1, dtype=torch.int64, device=fast.device)
 
     @property
@@ -80,6 +81,13 @@ class Loop:
         if scheduler.prepare():
             self._decode()
         self._read(behind=1 if self._overlap and self.batch.live.any() else 0)
+        scheduler.sweep()
+
+    def tell(self) -> None:
+        """Let those know whose requests have ended; by then their pages are free."""
+        while self._ended:
+            job, reason, stats, error = self._ended.popleft()
+            job.request._end(reason, stats, error)
 
     # ------------------------------------------------------------------------------------------------------ prompts
 
@@ -169,7 +177,7 @@ class Loop:
                 job.ids[0, len(job.source) + job.chosen] = tokens[column]
             job.chosen += 1
             self._go_on(first + column, job)
-        self.batch.active[at] &= ~stopped
+        self.batch.active[at].logical_and_(~stopped)
         self._send(news, torch.stack([tokens, sound.long(), stopped.long()]), logprobs)
 
     def _go_on(self, row: int, job: Job) -> None:
@@ -248,7 +256,7 @@ class Loop:
     # ------------------------------------------------------------------------------------------------------- ends
 
     def finish(self, job: Job, reason: FinishReason) -> None:
-        """Its end, as it is told; its row is free at the next step."""
+        """Its end, to be told when its row is free."""
         now = time.monotonic()
         job.ended = True
         stats = job.stats(now)
@@ -259,14 +267,14 @@ class Loop:
             self.times.end_to_end.append(now - job.submitted)
             if stats.per_token is not None:
                 self.times.tpot.append(stats.per_token)
-        job.request._end(reason, stats)
+        self._ended.append((job, reason, stats, None))
 
     def fail(self, job: Job, error: BaseException) -> None:
         """Its end by an error of its own; the others go on."""
         if not job.ended:
             job.ended = True
             self.counters.failed += 1
-            job.request._end("error", job.stats(time.monotonic()), error)
+            self._ended.append((job, "error", job.stats(time.monotonic()), error))
 
 
 def _logprobs(logits: Tensor, token: Tensor, count: int | None) -> tuple[Tensor, Tensor, Tensor]:
