@@ -30,6 +30,7 @@ COMMANDS = {
     "bench": Command("bench", "measure kernels, decode steps, generations and memory, side by side with others"),
     "export": Command("export", "write a model, pruning included, for ONNX Runtime, TensorRT or torch.export"),
     "run": Command("run", "execute what `lethe export` wrote"),
+    "serve": Command("serve", "serve a model over HTTP as OpenAI's API, by one process or by replicas on Ray"),
     "evaluate": Command("evaluate", "compare policies on tasks: accuracy against KV bytes, with intervals"),
     "train-reasoner": Command("train_reasoner", "train the bundled reasoner from scratch"),
 }

@@ -1,0 +1,7 @@
+"""The service's log."""
+
+from __future__ import annotations
+
+import logging
+
+log = logging.getLogger("lethe.serve")

@@ -1,0 +1,210 @@
+"""`lethe serve`: an OpenAI-compatible HTTP service of one model, by one process or by replicas on Ray."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lethe_compile as lethe
+from lethe_compile.config import LetheConfig, parse_bytes
+from lethe_compile.errors import InputError, MissingPackageError
+from lethe_compile.serving import Engine
+from lethe_compile.tools import _models, _policies
+
+KEYS = "LETHE_API_KEY"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM, then drain."""
+    options = _arguments(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "lethe serve runs in one process: its engine does not split a model over ranks. Start it without torchrun,"
+            " and for more devices with --ray and one replica for each"
+        )
+    try:
+        from lethe_compile.serving import api, prompts, server
+    except ImportError as error:
+        name = str(error.name)
+        message = f"lethe serve needs the package {name!r}: pip install 'lethe-compile[serve]'"
+        raise MissingPackageError(message, name) from error
+    tokenizer = _models.load_tokenizer(options.tokenizer or options.model)
+    template = None if options.chat_template is None else _text(options.chat_template)
+    listener = server.listen(options.host, options.port)  # before minutes of loading
+    settings = api.ServiceSettings(
+        options.served_model_name or options.model, _keys(options), options.max_body, options.stall_timeout
+    )
+    make_engine = functools.partial(build_engine, options)
+    with _source(options, make_engine) as source:
+        words = prompts.Prompts(tokenizer, template)
+        service = api.Service(source, words, settings)
+        host, port = listener.getsockname()[:2]
+        print(f"serving {settings.name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+        server.Server(service.app, options.drain_timeout, source.close).run([listener])
+        words.close()
+    return 0
+
+
+def _source(options: argparse.Namespace, make_engine: Any) -> Any:
+    if not options.ray:
+        from lethe_compile.serving.source import LocalSource
+
+        return LocalSource(make_engine())
+    try:
+        from lethe_compile.serving.ray_app import RaySettings, RaySource
+    except ImportError as error:
+        message = f"--ray needs the package {str(error.name)!r}: pip install 'lethe-compile[ray]'"
+        raise MissingPackageError(message, str(error.name)) from error
+    settings = RaySettings(
+        address=options.ray_address,
+        min_replicas=options.min_replicas,
+        max_replicas=options.max_replicas or options.min_replicas,
+        target_requests=options.target_requests,
+        max_batch=options.max_batch,
+        max_queue=options.max_queue,
+        cpus=options.replica_cpus,
+        gpus=options.replica_gpus,
+        drain_timeout=options.drain_timeout,
+    )
+    return RaySource(make_engine, settings)
+
+
+def build_engine(options: argparse.Namespace) -> Engine:
+    """The engine that the command line describes; called where it is to run."""
+    import torch
+
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    say(f"loading {options.model}")
+    model = _models.load_model(options.model)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device) if options.dtype is None else model.to(device, getattr(torch, options.dtype))
+    say("optimizing")
+    fast = lethe.optimize(model, _config(options), backend=options.backend)
+    return Engine(
+        fast,
+        max_batch=options.max_batch,
+        kv_memory=options.kv_memory,
+        max_queue=options.max_queue,
+        max_length=options.max_length,
+        prefill_chunk=options.prefill_chunk,
+        under_pressure=options.under_pressure,
+    )
+
+
+def _config(options: argparse.Namespace) -> LetheConfig:
+    values: dict[str, Any] = {} if options.config is None else _json(options.config)
+    for name in ("policy", "max_tokens", "budget"):
+        if getattr(options, name) is not None:
+            values[name] = getattr(options, name)
+    if given := _policies.options_of(options.policy_option):
+        values["policy_options"] = given
+    return LetheConfig.from_dict(values)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(_text(file)))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--config {file} holds no JSON object of settings: {error}") from error
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
+
+
+def _keys(options: argparse.Namespace) -> list[str]:
+    keys = [*options.api_key, *([os.environ[KEYS]] if os.environ.get(KEYS) else [])]
+    if not all(key.isascii() and key.strip() == key != "" for key in keys):
+        raise InputError("an API key must be ASCII text without spaces around it, and not empty")
+    return keys
+
+
+def _memory(text: str) -> int | float:
+    if (size := parse_bytes(text)) is not None:
+        return size
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither bytes, such as 8GiB, nor a share, such as 0.8"
+        ) from error
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="lethe serve", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help=_models.HELP)
+    _add_http(parser.add_argument_group("HTTP"))
+    _add_model(parser.add_argument_group("model and engine, see lethe_compile.Engine"))
+    _add_ray(parser.add_argument_group("replicas on Ray"))
+    options = parser.parse_args(argv)
+    if options.max_replicas is not None and options.max_replicas < options.min_replicas:
+        parser.error(f"--max-replicas {options.max_replicas} is less than --min-replicas {options.min_replicas}")
+    return options
+
+
+def _add_http(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    add("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    add(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help=f"asked of clients for all but /health; repeatable; better in ${KEYS}, which no list of processes shows",
+    )
+    add("--served-model-name", metavar="NAME", help="what clients call the model (default MODEL)")
+    add("--chat-template", type=Path, metavar="FILE", help="Jinja template in place of the tokenizer's own")
+    add("--tokenizer", metavar="MODEL", help="of another model or directory")
+    add("--max-body", type=_positive, default=4 << 20, metavar="BYTES", help="of a request (default 4 MiB)")
+    add("--stall-timeout", type=float, default=60.0, metavar="S", help="most wait for a reader of a stream (60)")
+    add("--drain-timeout", type=float, default=30.0, metavar="S", help="for what runs at SIGTERM (30)")
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    _policies.add_arguments(group)
+    group.set_defaults(policy=None)  # the file's, where there is one
+    add("--max-tokens", type=_positive, metavar="N", help="most tokens retained a layer and sequence")
+    add("--budget", type=_policies.budget, help="tokens, share or bytes of a sequence, over all layers")
+    add("--config", type=Path, metavar="FILE", help="settings of LetheConfig as JSON; options given beside it win")
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="convert the model first")
+    add("--backend", default="auto", help="as in lethe.optimize (default auto)")
+    add("--max-batch", type=_positive, default=32, metavar="N", help="most sequences decoded together (32)")
+    add("--max-queue", type=_positive, default=256, metavar="N", help="most that wait; beyond that 429 (256)")
+    add("--kv-memory", type=_memory, metavar="SIZE", help="of the KV cache, such as 8GiB or 0.8 of what is free")
+    add("--max-length", type=_positive, metavar="N", help="most prompt and new tokens of a sequence")
+    add("--prefill-chunk", type=_positive, metavar="N", help="most prompt tokens between two decode steps")
+    add("--under-pressure", choices=("prune", "preempt"), default="prune", help="when pages run out (prune)")
+
+
+def _add_ray(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--ray", action="store_true", help="run the engines as replicas of one Ray Serve deployment")
+    add("--ray-address", metavar="HOST:PORT", help="of a cluster; default: a new one in this machine, on loopback")
+    add("--min-replicas", type=_positive, default=1, metavar="N", help="default 1")
+    add("--max-replicas", type=_positive, metavar="N", help="more than --min-replicas: autoscaling (default: the same)")
+    add("--target-requests", type=float, metavar="N", help="a replica, that autoscaling aims at (default: --max-batch)")
+    add("--replica-cpus", type=float, default=1.0, metavar="N", help="that Ray reserves for each (1)")
+    add("--replica-gpus", type=float, default=0.0, metavar="N", help="that Ray gives to each (0)")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
