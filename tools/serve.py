@@ -56,11 +56,8 @@ def _source(options: argparse.Namespace, make_engine: Any) -> Any:
         from lethe_compile.serving.source import LocalSource
 
         return LocalSource(make_engine())
-    try:
-        from lethe_compile.serving.ray_app import RaySettings, RaySource
-    except ImportError as error:
-        message = f"--ray needs the package {str(error.name)!r}: pip install 'lethe-compile[ray]'"
-        raise MissingPackageError(message, str(error.name)) from error
+    from lethe_compile.serving.ray_settings import RaySettings, set_environment
+
     settings = RaySettings(
         address=options.ray_address,
         min_replicas=options.min_replicas,
@@ -72,6 +69,12 @@ def _source(options: argparse.Namespace, make_engine: Any) -> Any:
         gpus=options.replica_gpus,
         drain_timeout=options.drain_timeout,
     )
+    set_environment(settings)
+    try:
+        from lethe_compile.serving.ray_app import RaySource
+    except ImportError as error:
+        message = f"--ray needs the package {str(error.name)!r}: pip install 'lethe-compile[ray]'"
+        raise MissingPackageError(message, str(error.name)) from error
     return RaySource(make_engine, settings)
 
 

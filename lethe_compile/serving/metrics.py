@@ -73,9 +73,9 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        kept = {"registry": self.registry}
-        self.http = Counter("lethe_http_requests", "HTTP requests answered.", ["path", "status"], **kept)
-        self.active = Gauge("lethe_http_active", "Calls that are being answered.", **kept)
+        kept = self.registry
+        self.http = Counter("lethe_http_requests", "HTTP requests answered.", ["path", "status"], registry=kept)
+        self.active = Gauge("lethe_http_active", "Calls that are being answered.", registry=kept)
         self.first_token = self._histogram("first_token", "From a request's arrival to its first token.", _SECONDS)
         self.per_token = self._histogram("per_token", "Mean of a request's tokens after the first.", _TOKEN_SECONDS)
         self.queue_time = self._histogram("queue_time", "From submission to admission.", _SECONDS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -42,7 +42,7 @@ class Prompts:
             return list(prompt)
         if self.tokenizer is None:
             raise ApiError(400, "this model has no tokenizer: send token ids", param="prompt", code="no_tokenizer")
-        ids: list[int] = await self._call(lambda: self.tokenizer(prompt)["input_ids"])
+        ids = await self._call(lambda: list(self.tokenizer(prompt)["input_ids"]))
         if not ids:
             raise ApiError(400, "the prompt has no tokens", param="prompt")
         return ids
@@ -64,10 +64,8 @@ class Prompts:
         chat = [message.for_template() for message in messages]
 
         def apply() -> list[int]:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                chat, chat_template=self._template, add_generation_prompt=True, return_dict=False, **options
-            )
-            return ids
+            own = {"chat_template": self._template, "add_generation_prompt": True, "return_dict": False}
+            return list(self.tokenizer.apply_chat_template(chat, **own, **options))
 
         try:
             ids = await self._call(apply)
@@ -81,7 +79,7 @@ class Prompts:
             raise ApiError(400, "the chat has no tokens", param="messages")
         return ids
 
-    async def _call(self, work: Any) -> Any:
+    async def _call(self, work: Callable[[], list[int]]) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def close(self) -> None:

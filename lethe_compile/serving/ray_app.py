@@ -7,78 +7,29 @@ while here it is run again on another one. Docs: https://docs.ray.io/en/latest/s
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before ray is imported: nothing is reported to anyone
 
 import ray
 from ray import serve
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.schema import ReplicaState
 
 from lethe_compile.errors import EngineBusyError, EngineClosedError, LetheError
 from lethe_compile.serving.engine import Engine
 from lethe_compile.serving.log import log
+from lethe_compile.serving.ray_settings import DEPLOYMENT, RaySettings, start_ray
 from lethe_compile.serving.sampling import SamplingParams
 from lethe_compile.serving.source import Chunk, ModelFacts, chunks, figures, model_facts
 
-_APP, _DEPLOYMENT = "lethe", "Replica"
-_LOOPBACK = "127.0.0.1"
+_APP = "lethe"
 _REPORT = 1.0  # seconds between the figures of a replica
 _STALE = 5.0  # seconds after which they are forgotten
 _TRIES = 8  # runs of a request, of which all but the last may lose their replica
-_STORE = 128 << 20  # bytes of Ray's object store: what passes through it is tokens
-
-
-@dataclass(frozen=True)
-class RaySettings:
-    """How many replicas, and where.
-
-    Attributes:
-        address: of a cluster; None starts one in this machine, which listens on loopback only.
-        min_replicas, max_replicas: with more of the latter, Ray scales between them.
-        target_requests: running requests of a replica that scaling aims at; None: `max_batch`.
-        max_batch: most requests that run on a replica; others wait here.
-        max_queue: most requests that wait for a replica.
-        cpus, gpus: that Ray reserves for each replica.
-        drain_timeout: seconds that a replica which scaling takes away has to finish.
-    """
-
-    address: str | None = None
-    min_replicas: int = 1
-    max_replicas: int = 1
-    target_requests: float | None = None
-    max_batch: int = 32
-    max_queue: int = 256
-    cpus: float = 1.0
-    gpus: float = 0.0
-    drain_timeout: float = 30.0
-
-    def deployment_options(self) -> dict[str, Any]:
-        """As `ray.serve.deployment` takes them."""
-        options: dict[str, Any] = {
-            "name": _DEPLOYMENT,
-            "max_ongoing_requests": self.max_batch,
-            "max_queued_requests": self.max_queue,
-            "graceful_shutdown_timeout_s": self.drain_timeout,
-            "graceful_shutdown_wait_loop_s": 0.5,
-            "health_check_period_s": 2.0,
-            "ray_actor_options": {"num_cpus": self.cpus, "num_gpus": self.gpus},
-        }
-        if self.max_replicas > self.min_replicas:
-            options["autoscaling_config"] = {
-                "min_replicas": self.min_replicas,
-                "max_replicas": self.max_replicas,
-                "target_ongoing_requests": self.target_requests or self.max_batch,
-            }
-        else:
-            options["num_replicas"] = self.min_replicas
-        return options
 
 
 class Board:
@@ -185,11 +136,11 @@ class RaySource:
     def __init__(self, make_engine: Callable[[], Engine], settings: RaySettings) -> None:
         self.retries = 0
         self.closing = False
-        _start_ray(settings)
+        start_ray(settings)
         try:
             serve.start(proxy_location="Disabled")
-            board = ray.remote(num_cpus=0)(Board)
-            self._board = board.remote()
+            board: Any = ray.remote(num_cpus=0)(Board)
+            self._board: Any = board.remote()
             app = serve.deployment(**settings.deployment_options())(Replica).bind(make_engine, self._board)
             handle = serve.run(app, name=_APP, route_prefix=None)
             self.facts: ModelFacts = handle.facts.remote().result()
@@ -214,21 +165,21 @@ class RaySource:
 
     async def stats(self) -> Mapping[str, Mapping[str, Any]]:
         """By replica, as they were a moment ago."""
-        found: dict[str, dict[str, Any]] = await self._board.get.remote()
+        found: Mapping[str, Mapping[str, Any]] = await self._board.get.remote()
         return found
 
     async def failure(self) -> str | None:
         """Why no request could be served."""
         app = (await asyncio.to_thread(serve.status)).applications.get(_APP)
-        states = {} if app is None else app.deployments[_DEPLOYMENT].replica_states
-        return None if states.get("RUNNING") else "no replica is running"
+        states = {} if app is None else app.deployments[DEPLOYMENT].replica_states
+        return None if states.get(ReplicaState.RUNNING) else "no replica is running"
 
     def close(self) -> None:
         """End the replicas, and Ray if it was started here. May be called twice."""
         if not self.closing:
             self.closing = True
             if ray.is_initialized():
-                serve.shutdown()
+                serve.shutdown()  # type: ignore[no-untyped-call]
                 ray.shutdown()
 
     def __enter__(self) -> RaySource:
@@ -318,18 +269,3 @@ class _RayStream:
         """Cancel it."""
         if self._response is not None:
             self._response.cancel()
-
-
-def _start_ray(settings: RaySettings) -> None:
-    if settings.address is not None:
-        ray.init(address=settings.address, log_to_driver=False)
-        return
-    # Ray binds to the address of its node: with loopback it can be reached from this machine only.
-    ray.init(
-        address="local",
-        num_cpus=max(1, round(settings.cpus * settings.max_replicas + 0.5)),
-        include_dashboard=False,
-        object_store_memory=_STORE,
-        log_to_driver=False,
-        _node_ip_address=_LOOPBACK,
-    )
