@@ -15,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from lethe_compile.errors import LetheError
 from lethe_compile.serving.answers import Answer, ChatFormat, CompletionFormat, Format
 from lethe_compile.serving.api_errors import ApiError, translated
 from lethe_compile.serving.choice import Choice
@@ -63,8 +64,8 @@ class Service:
         inner.get("/health")(self._health)
         inner.get("/metrics")(self._metrics)
         inner.exception_handler(HTTPException)(_http_error)
-        inner.exception_handler(ApiError)(_error)
-        inner.exception_handler(Exception)(_error)
+        for known in (ApiError, LetheError, Exception):  # of the last one, the server logs where it came from
+            inner.exception_handler(known)(_error)
 
     # ---------------------------------------------------------------------------------------------------- generation
 
@@ -180,8 +181,8 @@ class Service:
 
 async def _error(_: Request, error: Exception) -> Response:
     told = translated(error)
-    if told.status >= 500:
-        log.error("a request has failed", exc_info=error)
+    if told.status >= 500 and isinstance(error, LetheError):
+        log.error("a request has failed: %s", error)
     return JSONResponse(told.body(), told.status, told.headers)
 
 

@@ -52,7 +52,9 @@ class Board:
 class Replica:
     """An engine in a process of Ray's."""
 
-    def __init__(self, make_engine: Callable[[], Engine], board: Any) -> None:
+    def __init__(self, make_engine: Callable[[], Engine], board: Any, loopback: bool) -> None:
+        if loopback:
+            _stay_on_loopback()
         self._name = str(serve.get_replica_context().replica_id.unique_id)
         self._engine, self._board = make_engine(), board
         threading.Thread(target=self._report, name="lethe-figures", daemon=True).start()
@@ -85,6 +87,17 @@ class Replica:
         """Called by Ray when the replica is taken away; accepted requests are done by then, or their time is up."""
         if hasattr(self, "_engine"):
             self._engine.close(abort=True)
+
+
+def _stay_on_loopback() -> None:
+    """Ray Serve opens a port of every replica to all addresses, for calls between deployments, which are none here.
+
+    It has no setting for that, so the function that opens it, after this class is made, is told another address.
+    """
+    from ray.serve._private import replica as internals
+
+    opens: Callable[[Any, str], int] = internals.add_port_to_grpc_server
+    internals.add_port_to_grpc_server = lambda server, address: opens(server, address.replace("[::]", "127.0.0.1"))
 
 
 async def _joined(parts: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
@@ -141,7 +154,9 @@ class RaySource:
             serve.start(proxy_location="Disabled")
             board: Any = ray.remote(num_cpus=0)(Board)
             self._board: Any = board.remote()
-            app = serve.deployment(**settings.deployment_options())(Replica).bind(make_engine, self._board)
+            app = serve.deployment(**settings.deployment_options())(Replica).bind(
+                make_engine, self._board, settings.address is None
+            )
             handle = serve.run(app, name=_APP, route_prefix=None)
             self.facts: ModelFacts = handle.facts.remote().result()
             self._stream = handle.options(stream=True).generate

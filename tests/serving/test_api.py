@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import lethe_compile as lethe
 import openai
 import pytest
 import torch
+
+import lethe_compile as lethe
 from lethe_compile.models import reasoner
 from lethe_compile.serving.api import Service, ServiceSettings
+from lethe_compile.serving.penalties import CountPenalty
 from lethe_compile.serving.prompts import Prompts
 from lethe_compile.serving.server import Server, listen
 from lethe_compile.serving.source import LocalSource
@@ -26,7 +28,7 @@ KEY = "sesame"
 SECONDS = 120.0
 TEMPLATE = "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('users only') }}{% endif %}"
 TEMPLATE += "{{ bos_token }} {{ m.content }}{% endfor %}"
-BODY, QUEUE, BATCH, STALL = 20_000, 3, 2, 2.0
+BODY, QUEUE, BATCH, STALL = 20_000, 6, 2, 2.0
 
 
 @dataclass
@@ -45,9 +47,7 @@ class Live:
 
     def call(self, method: str, path: str, *, key: str | None = KEY, **options: Any) -> httpx.Response:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return httpx.request(
-            method, f"http://127.0.0.1:{self.port}{path}", headers=headers, timeout=SECONDS, **options
-        )
+        return httpx.request(method, f"http://127.0.0.1:{self.port}{path}", headers=headers, timeout=SECONDS, **options)
 
     def post(self, **body: Any) -> httpx.Response:
         return self.call("POST", "/v1/completions", json={"model": "reasoner", "prompt": self.text, **body})
@@ -182,19 +182,24 @@ def test_log_probabilities(live: Live) -> None:
     ).choices[0].logprobs  # fmt: skip
     assert figures is not None and figures.tokens is not None and figures.top_logprobs is not None
     assert figures.tokens == [words_of([token]) for token in live.alone(4)]
-    assert all(max(top, key=lambda name: top[name]) == token for top, token in zip(figures.top_logprobs, figures.tokens))
+    assert all(
+        max(top, key=lambda name: top[name]) == token
+        for top, token in zip(figures.top_logprobs, figures.tokens, strict=True)
+    )
     assert figures.text_offset is not None and figures.text_offset[:2] == [0, len(figures.tokens[0])]
 
 
-def test_penalties_and_biases_change_the_text(live: Live) -> None:
+def test_a_bias_changes_the_text(live: Live) -> None:
     first = live.alone(1)[0]
     banned = live.post(max_tokens=3, logit_bias={str(first): -100}).json()["choices"][0]["text"]
     assert words_of([first]) not in banned.split()
-    plain, penalised = (
-        live.post(max_tokens=40, frequency_penalty=strength).json()["choices"][0]["text"].split()
-        for strength in (0.0, 2.0)
-    )
-    assert len(set(penalised)) > len(set(plain))
+    assert live.post(max_tokens=3, frequency_penalty=0.1).json()["choices"][0]["text"] == words_of(live.alone(3))
+
+
+def test_penalties_count_the_text_and_not_the_prompt() -> None:
+    penalty, scores = CountPenalty(0.5, 0.25), torch.zeros(1, 5)
+    assert penalty(torch.tensor([[1, 1, 2]]), scores).tolist() == [[0, 0, 0, 0, 0]]
+    assert penalty(torch.tensor([[1, 1, 2, 3, 3, 2]]), scores).tolist() == [[0, 0, -0.75, -1, 0]]
 
 
 # --- refusals -------------------------------------------------------------------------------------------
@@ -261,7 +266,7 @@ def test_other_errors_have_openais_shape(live: Live) -> None:
 
 
 def test_a_key_is_needed_for_all_but_health(live: Live) -> None:
-    for key in (None, "", "sesam", KEY + "x"):
+    for key in (None, "sesam", KEY + "x"):
         for path in ("/v1/models", "/v1/completions", "/metrics", "/nothing"):
             answer = live.call("GET", path, key=key)
             assert answer.status_code == 401
@@ -321,9 +326,12 @@ def test_a_reader_that_stalls_is_given_up(live: Live) -> None:
 
 
 def test_a_full_queue_asks_to_come_back(live: Live) -> None:
-    with raw(live, "POST /v1/completions HTTP/1.1") as connection:
-        connection.sendall(endless(live, n=BATCH + QUEUE - 1))
+    head = "POST /v1/completions HTTP/1.1"
+    with raw(live, head) as first, raw(live, head) as second:
+        first.sendall(endless(live, n=BATCH))
         eventually(lambda: live.engine.stats().running == BATCH)
+        second.sendall(endless(live, n=QUEUE - 1))
+        eventually(lambda: live.engine.stats().queued == QUEUE - 1)
         cancelled = live.engine.stats().cancelled
         with pytest.raises(openai.RateLimitError) as caught:
             live.client.completions.create(model="reasoner", prompt=live.prompt, n=2)

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lethe_compile.models import reasoner
-from lethe_compile.serving.text import Detokenizer, StopScanner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from lethe_compile.models import reasoner
+from lethe_compile.serving.text import Detokenizer, StopScanner
 
 
 def byte_level() -> Any:
