@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import ipaddress
 import json
 import os
 import sys
@@ -34,17 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = str(error.name)
         message = f"lethe serve needs the package {name!r}: pip install 'lethe-compile[serve]'"
         raise MissingPackageError(message, name) from error
-    tokenizer = _models.load_tokenizer(options.tokenizer or options.model)
     template = None if options.chat_template is None else _text(options.chat_template)
+    keys = _keys(options)
     listener = server.listen(options.host, options.port)  # before minutes of loading
+    host, port = listener.getsockname()[:2]
+    if not keys and not ipaddress.ip_address(host).is_loopback:
+        print(f"warning: whoever reaches {host} may use this service: no API key is set", file=sys.stderr)
+    tokenizer = _models.load_tokenizer(options.tokenizer or options.model)
     settings = api.ServiceSettings(
-        options.served_model_name or options.model, _keys(options), options.max_body, options.stall_timeout
+        options.served_model_name or options.model, keys, options.max_body, options.stall_timeout
     )
     make_engine = functools.partial(build_engine, options)
     with _source(options, make_engine) as source:
         words = prompts.Prompts(tokenizer, template)
         service = api.Service(source, words, settings)
-        host, port = listener.getsockname()[:2]
         print(f"serving {settings.name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
         server.Server(service.app, options.drain_timeout, source.close).run([listener])
         words.close()

@@ -175,7 +175,8 @@ class Service:
 
     async def _metrics(self) -> Response:
         figures = await self.source.stats()
-        text = await asyncio.to_thread(self.metrics.exposition, figures, self.source.retries)
+        source = self.source
+        text = await asyncio.to_thread(self.metrics.exposition, figures, source.retries, source.waiting)
         return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
 
 

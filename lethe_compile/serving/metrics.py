@@ -45,11 +45,13 @@ class _Engines(Collector):
 
     def __init__(self) -> None:
         self.figures: Mapping[str, Mapping[str, Any]] = {}
-        self.retries = 0
+        self.retries = self.waiting = 0
 
     def collect(self) -> Iterable[Metric]:
         text = "Requests run again because their replica was lost."
         yield CounterMetricFamily("lethe_retries", text, value=self.retries)
+        text = "Requests that wait for a replica, before any engine has them."
+        yield GaugeMetricFamily("lethe_waiting", text, value=self.waiting)
         kinds: tuple[tuple[Mapping[str, str], type[GaugeMetricFamily] | type[CounterMetricFamily]], ...]
         kinds = ((_GAUGES, GaugeMetricFamily), (_COUNTERS, CounterMetricFamily))
         for names, family_of in kinds:
@@ -86,7 +88,7 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"lethe_{name}_seconds", text, buckets=buckets, registry=self.registry)
 
-    def exposition(self, figures: Mapping[str, Mapping[str, Any]], retries: int) -> bytes:
-        """Prometheus' text format, with `figures` by replica (`EngineStats`)."""
-        self._engines.figures, self._engines.retries = figures, retries
+    def exposition(self, figures: Mapping[str, Mapping[str, Any]], retries: int, waiting: int) -> bytes:
+        """Prometheus' text format, with `figures` by replica (`EngineStats`), and what a `Source` counts."""
+        self._engines.figures, self._engines.retries, self._engines.waiting = figures, retries, waiting
         return generate_latest(self.registry)

@@ -147,7 +147,7 @@ class RaySource:
     """
 
     def __init__(self, make_engine: Callable[[], Engine], settings: RaySettings) -> None:
-        self.retries = 0
+        self.retries = self.waiting = 0
         self.closing = False
         start_ray(settings)
         try:
@@ -167,11 +167,14 @@ class RaySource:
     async def submit(self, ids: Sequence[int], params: SamplingParams) -> _RayStream:
         """As `Source.submit`: returns once a replica has accepted the request."""
         stream = _RayStream(self, ids, params)
+        self.waiting += 1
         try:
             await stream.start()
         except BaseException:
             await stream.aclose()
             raise
+        finally:
+            self.waiting -= 1
         return stream
 
     def run(self, ids: Sequence[int], params: SamplingParams) -> Any:

@@ -54,6 +54,7 @@ class Source(Protocol):
 
     facts: ModelFacts
     retries: int  # requests that were run again because their replica was lost
+    waiting: int  # requests that wait for a replica; those that wait within an engine are in its figures
 
     async def submit(self, ids: Sequence[int], params: SamplingParams) -> Stream: ...
 
@@ -106,7 +107,7 @@ async def chunks(request: Request) -> AsyncIterator[Chunk]:
 class LocalSource:
     """An engine of this process."""
 
-    retries = 0
+    retries = waiting = 0
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self.facts = engine, model_facts(engine)
