@@ -17,6 +17,7 @@ from lethe_compile.models.tiny import tiny
 from lethe_compile.serving.loop import Loop
 from tests import per_head  # noqa: F401  (registers its policies)
 from tests.hybrids import CONFIGS as HYBRIDS
+from tests.hybrids import hybrid
 
 CONFIG = lethe.LetheConfig(sparse_ratio=5.0, prune_threshold=16, prune_interval=4, page_size=4)
 CAPPED: dict[str, Any] = {"prune_interval": 4, "page_size": 4, "max_tokens": 24}
@@ -114,7 +115,7 @@ def test_architectures(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(HYBRIDS))
 def test_other_state_joins_and_leaves_with_its_row(name: str) -> None:
-    check_as_alone(lethe.optimize(tiny(name), CONFIG, verified=False))
+    check_as_alone(lethe.optimize(hybrid(name), CONFIG, verified=False))
 
 
 @pytest.mark.slow

@@ -204,7 +204,7 @@ class Loop:
         self, news: list[tuple[int, Job, bool]], packed: Tensor, logprobs: dict[int, tuple[Tensor, Tensor, Tensor]]
     ) -> None:
         arrived = None
-        if self._overlap:
+        if packed.is_cuda:
             host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
             host.copy_(packed, non_blocking=True)
             arrived, packed = torch.cuda.Event(), host
