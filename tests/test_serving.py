@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -121,6 +122,18 @@ def test_other_state_joins_and_leaves_with_its_row(name: str) -> None:
 @pytest.mark.slow
 def test_kv_heads_with_tokens_of_their_own() -> None:
     check_as_alone(lethe.optimize(tiny("llama"), CONFIG, policy="lethe-per-head", verified=False))
+
+
+def test_drawn_tokens_survive_a_preemption(fast: lethe.OptimizedModel) -> None:
+    """What is fed again is not drawn again."""
+    options: dict[str, Any] = {"do_sample": True, "temperature": 1.5}
+    right = [alone(fast, prompt(20), 40, seed=seed, **options) for seed in range(4)]
+    memory = fast.cache.bytes_for(np.full((len(fast.caches), 1), 60)) * 2
+    with lethe.Engine(fast, kv_memory=memory, under_pressure="preempt") as engine:
+        each = [engine.submit(prompt(20), max_new_tokens=40, ignore_eos=True, seed=n, **options) for n in range(4)]
+        assert [request.result(SECONDS).tokens for request in each] == right
+        stats = engine.stats()
+    assert stats.preemptions and not stats.pressed and stats.recomputed_tokens
 
 
 def test_stop_tokens_end_a_request_with_them(fast: lethe.OptimizedModel) -> None:
