@@ -16,7 +16,6 @@ from torch import Tensor
 import lethe_compile as lethe
 from lethe_compile.models.tiny import tiny
 from lethe_compile.serving.loop import Loop
-from tests import per_head  # noqa: F401  (registers its policies)
 from tests.hybrids import CONFIGS as HYBRIDS
 from tests.hybrids import hybrid
 
@@ -121,7 +120,7 @@ def test_other_state_joins_and_leaves_with_its_row(name: str) -> None:
 
 @pytest.mark.slow
 def test_kv_heads_with_tokens_of_their_own() -> None:
-    check_as_alone(lethe.optimize(tiny("llama"), CONFIG, policy="lethe-per-head", verified=False))
+    check_as_alone(lethe.optimize(tiny("llama"), CONFIG, policy="lethe-heads", verified=False))
 
 
 def test_drawn_tokens_survive_a_preemption(fast: lethe.OptimizedModel) -> None:
