@@ -227,8 +227,8 @@ class KVCache:
         if not index:
             return
         self.lengths[:, index] = 0
-        if len(index) == self.rows:
-            self.length.zero_()
+        if index[-1] - index[0] == len(index) - 1:  # a list of indices would make the device wait for the host
+            self.length[:, index[0] : index[-1] + 1].zero_()
         else:
             self.length[:, index] = 0
         held = self.pages_held()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lethe_compile import generation
-from lethe_compile.cache import Geometry, KVCache
+from lethe_compile.cache import Geometry, KVCache, Rows
 from lethe_compile.config import LetheConfig
 from lethe_compile.errors import ConfigError, InputError, OutOfPagesError
 from lethe_compile.executor import DecodeGraph, Executor
@@ -566,9 +566,7 @@ class OptimizedModel(nn.Module):
     def _evict(self, active: Tensor, limit: Tensor | None = None) -> list[Counts]:
         """Prune and compact every layer and row; the lengths before, the next positions and `active`, as read back."""
         sets = self._keep_sets
-        prompts, following, on_now = map(sets.spread, (self._prompt_lengths, self._next_position, active))
-        rows = (prompts, following, on_now)
-        state = RoundState(*self.cache.scores(), self._windows, *rows, key_source=self.cache.keys, heads=sets.heads)
+        state = self.round_state(self.cache, self._prompt_lengths, self._next_position, active)
         keep = self.policy.round(state, limit)
         if keep is not None and self.on_round:
             self._tell(state, keep)
@@ -576,6 +574,23 @@ class OptimizedModel(nn.Module):
         after = self.cache.lengths
         self._ledger.evicted(before - after, self.cache.pages_for(before) - self.cache.pages_for(after))
         return [before, sets.repeat(seen), sets.repeat(on)]
+
+    def round_state(
+        self, cache: KVCache, prompts: Tensor, following: Tensor, active: Tensor, rows: Rows | None = None
+    ) -> RoundState:
+        """What a policy sees of all rows of a cache, or of `rows`; prompt lengths, next positions, and who is active,
+        are [sequences] of the same.
+        """
+        prompts, following, active = map(self._keep_sets.spread, (prompts, following, active))
+        return RoundState(
+            *cache.scores(rows),
+            self._windows,
+            prompts,
+            following,
+            active,
+            key_source=lambda layer: cache.keys(layer, rows),
+            heads=self._keep_sets.heads,
+        )
 
     def _sparsity(self) -> Tensor | None:
         """[layers, rows] Hoyer sparsity of the scores as they are; None where the graph keeps none."""
