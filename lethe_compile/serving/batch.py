@@ -202,9 +202,16 @@ class Batch:
         self.states.has_previous_state = True
         if self.fast.backend[0] == "cudagraphs":
             return self._replay()
-        furthest = int(self.fed[: self.used].max())
-        state = self.fast.graph_state(self.cache, self.states, self.used, furthest=furthest)
-        at = slice(0, self.used)
+        if self.fast.needs_content:
+            # What a mask by content makes of a row can depend on the longest one beside it, as in transformers: alone.
+            return torch.cat([self._step(row, 1) for row in range(self.used)])
+        return self._step(0, self.used)
+
+    def _step(self, first: int, rows: int) -> Tensor:
+        """Logits of one token of rows from the `first` on."""
+        at = slice(first, first + rows)
+        furthest = int(self.fed[at].max())
+        state = self.fast.graph_state(self.cache, self.states, rows, first=first, furthest=furthest)
         active, positions = self.active[at], self.next_position[at].clone()
         ids = self.tokens[at].masked_fill(~active, 0)[:, None]
         logits = self._executor.run(ids, positions[:, None], active.to(torch.int32), state)

@@ -63,10 +63,13 @@ class Engine:
     request that pressure has pruned harder (`RequestStats.pressed` above 0): with `under_pressure="preempt"` there is
     none, unless a request does not fit even alone without.
 
+    Models whose layers keep other state run their prompts whole; those with masks by content take steps row by row,
+    since such a mask can depend on the longest row of a batch. Where rotary frequencies change with the length, requests
+    beyond the first range are refused.
+
     Raises:
         ConfigError: a setting that is not allowed; a policy that couples rows (`paper_literal`).
-        UnsupportedGraphError: a model whose rows cannot be served apart; says why.
-        InputError: the model is generating.
+        InputError: the model is generating, or another engine's.
     """
 
     def __init__(

@@ -58,7 +58,8 @@ class Loop:
         self.scheduler = Scheduler(
             fast, self.batch, counters, times, prunes=prunes, waits=lambda: not self._overlap, flush=flush, fail=fail
         )
-        self._chunk, self._whole = prefill_chunk, bool(fast.stateful)
+        self._chunk, self._alone = prefill_chunk, fast.needs_content
+        self._whole = bool(fast.stateful) or self._alone
         self._sampler = Sampler(fast.vocab_size, fast.device)
         self._sent: deque[Sent] = deque()
         self._ended: deque[tuple[Job, FinishReason, RequestStats, BaseException | None]] = deque()
@@ -106,7 +107,7 @@ class Loop:
         """Jobs from `row` on that are run at once: several only if all begin, and end within the budget."""
         jobs = [self.scheduler.rows[row]]
         longest = len(jobs[0].source)
-        if jobs[0].filled or longest > budget or self.batch.observed_from(longest):
+        if self._alone or jobs[0].filled or longest > budget or self.batch.observed_from(longest):
             return jobs
         for job in self.scheduler.rows[row + 1 :]:
             longest = max(longest, len(job.source))
