@@ -64,8 +64,8 @@ class Engine:
     none, unless a request does not fit even alone without.
 
     Models whose layers keep other state run their prompts whole; those with masks by content take steps row by row,
-    since such a mask can depend on the longest row of a batch. Where rotary frequencies change with the length, requests
-    beyond the first range are refused.
+    since such a mask can depend on the longest row of a batch. Where rotary frequencies change with the length,
+    requests beyond the first range are refused.
 
     Raises:
         ConfigError: a setting that is not allowed; a policy that couples rows (`paper_literal`).
