@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lethe_compile import generation
 from lethe_compile.cache import Geometry, KVCache
 from lethe_compile.config import LetheConfig
+from lethe_compile.distributed import Ranks, digest
 from lethe_compile.errors import ConfigError, InputError, OutOfPagesError
 from lethe_compile.executor import DecodeGraph, Executor
 from lethe_compile.keep_sets import KeepSets
@@ -69,6 +70,7 @@ class OptimizedModel(nn.Module):
         hf_config: the original's transformers config, where it has one.
         give_way: ends the session of `as_hf()` that holds the cache; None while another generation does, or none.
         vocab_size, max_positions: limits on inputs; `max_positions` is None where the model has none.
+        ranks: the processes that run this model together, of `optimize`'s `tp`; None for one alone.
         restart_at: tokens beyond which a generation computes all keys and values anew, once, as transformers does where
             rotary frequencies change with the length; None where they do not.
     """
@@ -84,11 +86,12 @@ class OptimizedModel(nn.Module):
         generation_config: Any = None,
         hf_config: Any = None,
         backend: tuple[str, str] = ("eager", "asked for"),
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
         self._dtype: torch.dtype = program.sites[0].node.meta["val"].dtype
         self._device: torch.device = program.input_ids.meta["val"].device
-        self.backend = backend
+        self.backend, self.ranks = backend, ranks
         self._program, self._executor = program, Executor(program, compiled=backend[0] != "eager")
         self._graphs: dict[int, DecodeGraph] = {}  # by rows
         self.graph_module, self.sites, self.caches = program.module, program.sites, program.caches
@@ -156,6 +159,11 @@ class OptimizedModel(nn.Module):
         self._policy = policy
 
     def _check_heads(self, policy: Policy) -> None:
+        sharing = [site.layer for site in self.caches if self.ranks and site.kv_parts < self.ranks.size]
+        if sharing and policy.per_head:
+            raise ConfigError(
+                f"policy {policy.name!r} keeps other tokens for each KV head, and ranks share those of layers {sharing}"
+            )
         several = [site.layer for site in self.caches if site.kv_heads > 1]
         if several and policy.per_head != (self._keep_sets.heads > 1):
             kinds = ["keeps the same tokens for all KV heads of a layer", "keeps other tokens for each KV head"]
@@ -216,14 +224,18 @@ class OptimizedModel(nn.Module):
         With a fixed `policy="full"` the tokens are transformers' own; with Lethe the cache is pruned along the way.
         `KeyboardInterrupt` frees the cache and leaves the model ready for the next call.
         """
+        if self.ranks is not None:
+            self.ranks.same(_shown({"inputs": inputs, **options}))
         return generation.generate(self, inputs, **options)
 
     def as_hf(self) -> LetheForCausalLM:
         """This model for what expects transformers' models: `pipeline("text-generation")`, and loops of one's own.
 
         Raises:
-            InputError: it was optimized from something else than a transformers model.
+            InputError: it was optimized from something else than a transformers model, or several ranks run it.
         """
+        if self.ranks is not None:
+            raise InputError("transformers' own loop lets each rank draw its tokens: call generate() of this model")
         from lethe_compile.hf import LetheForCausalLM
 
         return LetheForCausalLM(self)
@@ -243,10 +255,11 @@ class OptimizedModel(nn.Module):
         cache_rows = len(prompt_lengths) * self._keep_sets.heads
         if not isinstance(hint, int):  # rows that fill the bucket hold nothing
             hint = np.pad(hint, ((0, 0), (0, cache_rows - hint.shape[1])))
-        try:
-            self.cache.begin(cache_rows, hint)
-        except OutOfPagesError as error:
-            raise InputError(f"{rows} sequences do not fit: {error}") from error
+        with self._together("begin a generation"):
+            try:
+                self.cache.begin(cache_rows, hint)
+            except OutOfPagesError as error:
+                raise InputError(f"{rows} sequences do not fit: {error}") from error
         self.states.begin(len(prompt_lengths))
         self._generating = True
         self.begin_policy(self.policy, cache_rows)
@@ -267,7 +280,7 @@ class OptimizedModel(nn.Module):
         """Tokens [layers, rows] that the cache should have room for at once; refuses what cannot be made to fit."""
         cache = self.cache
         last = cache.max_bytes if self._allowed_by == self.kv_memory else None
-        cache.max_bytes = allowance(self.kv_memory, self.device, cache.pool_bytes, last)
+        cache.max_bytes = self._least(allowance(self.kv_memory, self.device, cache.pool_bytes, last))
         self._allowed_by = self.kv_memory
         if new_tokens is None:
             return 0
@@ -275,7 +288,7 @@ class OptimizedModel(nn.Module):
         least = self.policy.least_tokens(prompts, new_tokens, self._windows)
         allowed = cache.max_bytes
         if allowed is None and self.device.type == "cuda":
-            allowed = available_bytes(self.device) + cache.pool_bytes
+            allowed = self._least(available_bytes(self.device) + cache.pool_bytes)
         need = cache.bytes_for(least)
         if allowed is not None and need > allowed:
             raise InputError(
@@ -388,6 +401,8 @@ class OptimizedModel(nn.Module):
         return self._run(cache, states, input_ids, positions, torch.full_like(past.lengths, tokens), furthest)
 
     def _check_past(self) -> None:
+        if self.ranks is not None:
+            raise InputError("a past from elsewhere holds the keys of all heads, and a rank its own: generate from ids")
         if latent := [site.layer for site in self.sites if site.latent]:
             raise InputError(
                 f"layers {latent} cache the latent of their keys and values, and a cache from elsewhere holds these:"
@@ -536,7 +551,9 @@ class OptimizedModel(nn.Module):
         sets = self._keep_sets
         prompts, following, on_now = map(sets.spread, (self._prompt_lengths, self._next_position, active))
         rows = (prompts, following, on_now)
-        state = RoundState(*self.cache.scores(), self._windows, *rows, key_source=self.cache.keys, heads=sets.heads)
+        mass, position, length = self.cache.scores()
+        scores = (self._of_all_ranks(mass), position, length)
+        state = RoundState(*scores, self._windows, *rows, key_source=self._keys, heads=sets.heads)
         keep = self.policy.round(state, limit)
         if keep is not None and self.on_round:
             self._tell(state, keep)
@@ -545,11 +562,36 @@ class OptimizedModel(nn.Module):
         self._ledger.evicted(before - after, self.cache.pages_for(before) - self.cache.pages_for(after))
         return [before, sets.repeat(seen), sets.repeat(on)]
 
+    def _of_all_ranks(self, mass: Tensor) -> Tensor:
+        """[layers, rows, slots] scores of all heads, from those of this rank's: what a round chooses by.
+
+        What the cache holds stays this rank's own part: both rules by which it goes on, sum and peak, commute with the
+        reduction. Rows that are KV heads are one rank's alone.
+        """
+        if self.ranks is None or self.policy.decay is None or self.policy.per_head:
+            return mass
+        return self.ranks.reduced(mass, peak=self.policy.peak)
+
+    def _keys(self, layer: int) -> Tensor:
+        """[rows, slots, KV heads, k_dim] of one layer, of all ranks' heads where a row is a sequence."""
+        keys = self.cache.keys(layer)
+        if self.ranks is None or self.policy.per_head:
+            return keys
+        return self.ranks.all_heads(keys, self.caches[layer].kv_parts)
+
+    def _least(self, value: int | None) -> int | None:
+        """The least of all ranks: what must fit on each."""
+        return value if self.ranks is None else self.ranks.least(value)
+
+    def _together(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.ranks is None else self.ranks.together(what)
+
     def _sparsity(self) -> Tensor | None:
         """[layers, rows] Hoyer sparsity of the scores as they are; None where the graph keeps none."""
         if not self._scored:
             return None
         mass, _, length = self.cache.scores()
+        mass = self._of_all_ranks(mass)
         return hoyer_sparsity(mass.flatten(0, 1), length.flatten()).view_as(length)
 
     def _tell(self, state: RoundState, keep: Tensor) -> None:
@@ -565,18 +607,25 @@ class OptimizedModel(nn.Module):
         """Pages until the next round, pruning harder where there are too few; see `Policy.round` on limits."""
         tokens = self._live * self._until_round
         for attempt in range(1, _ATTEMPTS + 1):
+            failed: OutOfPagesError | None = None
             try:
                 self.cache.reserve_rows(tokens)
-            except OutOfPagesError:
-                if attempt == _ATTEMPTS:
-                    raise
-                self.cache.trim()
-                limit = self.cache.limit(tokens)
-                if (self.cache.lengths > limit).any():
-                    self._ledger.pressed += 1
-                    self._evict(active, torch.full(self.cache.lengths.shape, limit, device=self.device))
-            else:
+            except OutOfPagesError as error:
+                failed = error
+            if self.ranks.everywhere(failed is None) if self.ranks is not None else failed is None:
                 return
+            if attempt == _ATTEMPTS:
+                raise failed or OutOfPagesError("another rank has no room for the next steps")
+            self.cache.trim()
+            with self._together("find room for the next steps"):
+                limit = self.cache.limit(tokens)
+            limit = self._least(limit) or limit
+            over = bool((self.cache.lengths > limit).any())
+            if self.ranks is not None:  # rows of a rank's own heads may be shorter than another's
+                over = not self.ranks.everywhere(not over)
+            if over:
+                self._ledger.pressed += 1
+                self._evict(active, torch.full(self.cache.lengths.shape, limit, device=self.device))
 
     def _observe(self) -> None:
         """Read back what the steps since the last round did."""
@@ -662,3 +711,26 @@ class OptimizedModel(nn.Module):
 def _padded(values: Tensor, rows: int) -> Tensor:
     """`values` [n] with zeros behind, [rows]."""
     return torch.nn.functional.pad(values, (0, rows - len(values)))
+
+
+_OWN_OPTIONS = ("streamer", "progress", "tokenizer")  # of `generate`: each rank may have its own
+
+
+def _shown(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` as ranks compare them; of what has no value to compare, its kind."""
+    shown: dict[str, Any] = {}
+    for name, value in options.items():
+        if value is None or name in _OWN_OPTIONS:
+            continue
+        name = "input_ids" if name == "inputs" else name
+        if isinstance(value, Tensor):
+            shown[name] = digest(value)
+        elif hasattr(value, "to_dict"):
+            shown[name] = value.to_dict()
+        elif isinstance(value, (bool, int, float, str)):
+            shown[name] = value
+        elif isinstance(value, (list, tuple)):
+            shown[name] = [one if isinstance(one, (bool, int, float, str)) else type(one).__name__ for one in value]
+        else:
+            shown[name] = type(value).__name__
+    return shown
