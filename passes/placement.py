@@ -137,6 +137,8 @@ def placement_after(
 ) -> Value:
     """How the value of a call is held, whose operands are `placed`; `whole` are the values on record before any cut.
 
+    None where the call takes no more of cut operands than every rank holds.
+
     Raises:
         Uncuttable: it mixes what different ranks hold.
     """
@@ -145,12 +147,8 @@ def placement_after(
     values = [_run(node, lambda n, r=rank: _poisoned(samples.of(whole[n]), placed.get(n), r)) for rank in range(ranks)]
     if isinstance(values[0], (list, tuple)):
         kept = tuple(_read([value[i] for value in values], node) for i in range(len(values[0])))
-        return kept if any(kept) else _nothing(node)
-    return _read(values, node) or _nothing(node)
-
-
-def _nothing(node: fx.Node) -> Value:
-    raise Uncuttable(f"{node.target} keeps nothing apart")
+        return kept
+    return _read(values, node)
 
 
 def _run(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:

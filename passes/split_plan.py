@@ -55,7 +55,7 @@ def product_of(node: Any) -> Product | None:
 def _product(node: fx.Node, operand: int, weight: int, bias: int | None, by_rows: bool = False) -> Product | None:
     source, raw = node.args[operand], node.args[weight]
     added = node.args[bias] if bias is not None and len(node.args) > bias else None
-    turned = is_call(raw, aten.transpose, aten.t) and _swaps_last(raw)
+    turned = is_call(raw, aten.transpose, aten.t, aten.numpy_T) and _swaps_last(raw)
     if turned:
         raw = raw.args[0]  # type: ignore[union-attr]
     if not isinstance(source, fx.Node) or not isinstance(raw, fx.Node) or raw.op != "get_attr":
@@ -134,6 +134,8 @@ class Planner:
             held = None if product is None else placed.get(product.operand)
             if product is not None and isinstance(held, Placement) and held.dim == len(shape_of(product.operand)) - 1:
                 return product.operand, held
+            if all(placed.get(n) is None for n in current.all_input_nodes):
+                continue
             try:
                 placed[current] = placement_after(current, self._whole, placed, self._samples, self._ranks)
             except Uncuttable:
@@ -197,11 +199,10 @@ class Planner:
         sets = set(reached)
         if sets == {()}:
             return ""
-        apart = sum(len(own) for own in sets) == size == len({i for own in sets for i in own})
         if len(sets) == 1 and self._ranks > 1:
             return "" if len(reached[0]) < size else f"'{_name(source)}' stays whole: every rank's heads need all of it"
-        if not apart or len({len(own) for own in reached}) > 1:
-            return f"'{_name(source)}' stays whole: different ranks' heads need the same columns"
+        if len({len(own) for own in reached}) > 1 or len({i for own in sets for i in own}) < size:
+            return f"'{_name(source)}' stays whole: ranks need unequal numbers of its columns, or none some of them"
         return Placement(rank - 1, size, tuple(reached))
 
     def _behind(self, sink: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:

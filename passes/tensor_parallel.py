@@ -85,6 +85,7 @@ class TensorParallel:
     def run(self, program: Program) -> PassResult:
         for site in program.sites:
             self._refuse(program, site)
+        _join_reshapes(program)
         plan = Planner(program, self.ranks).run()
         cutter = _Cutter(self, program, plan)
         cutter.run()
@@ -149,7 +150,7 @@ class _Cutter:
             self._attend(node)
         elif product is not None and node in self._plan.columns:
             self._by_columns(node, product, self._plan.columns[node])
-        elif any(n in self._placed for n in node.all_input_nodes):
+        elif any(self._placed.get(n) is not None for n in node.all_input_nodes):
             held = None if product is None else self._placed.get(product.operand)
             if product is not None and isinstance(held, Placement) and held.dim == len(self._shape(product.operand)) - 1:
                 self._by_rows(node, product, held)
@@ -252,8 +253,9 @@ class _Cutter:
             return
         if isinstance(held, tuple):
             done = self._follow_list(node, held)
+        elif held is None:
+            done = self._follow_common(node)
         else:
-            assert held is not None
             target, args = self._localised(node, held)
             done = self._commit(node, target, args, dict(node.kwargs), held)
         if not done:
@@ -264,10 +266,7 @@ class _Cutter:
         if node.target is getitem:
             held = self._placed[node.args[0]]  # type: ignore[index]
             assert isinstance(held, tuple)
-            part = held[cast("int", node.args[1])]
-            if part is None:
-                raise Uncuttable("every rank has all of it")
-            return part
+            return held[cast("int", node.args[1])]
         shown = fx.node.map_arg((node.args, node.kwargs), self._signature)
         key = repr((node.target, shown))
         if key not in self._known:
@@ -319,6 +318,20 @@ class _Cutter:
             return operand
         return self._part(operand, replace(held, dim=len(shape) - behind))
 
+    def _follow_common(self, node: fx.Node) -> bool:
+        """A call that picks from a cut value what every rank holds."""
+        if node.target is getitem:
+            return True
+        source = node.args[0]
+        before = self._placed.get(source) if isinstance(source, fx.Node) else None
+        if not is_call(node, aten.slice) or not isinstance(before, Placement) or len(node.args) < 2:
+            return False
+        dim = cast("int", node.args[1]) % len(self._shape(cast("fx.Node", source)))
+        if dim != before.dim:
+            return False
+        args = (source, dim, *_bounds(before, self._rank, list(node.args[2:])))
+        return self._commit(node, node.target, args, {}, None)
+
     def _follow_list(self, node: fx.Node, held: tuple[Placement | None, ...]) -> bool:
         source = node.args[0]
         before = self._placed.get(source) if isinstance(source, fx.Node) else None
@@ -327,9 +340,10 @@ class _Cutter:
         dim = cast("int", node.args[2] if len(node.args) > 2 else 0) % len(self._shape(source))
         if dim != before.dim:
             return self._commit_list(node, node.target, node.args, held)
-        if None in held:
-            return False
-        sizes = [one.each for one in held if one is not None]
+        own, ends = before.index[self._rank], [0]
+        for value in self._was[node]:
+            ends.append(ends[-1] + int(value.shape[dim]))
+        sizes = [sum(first <= i < end for i in own) for first, end in zip(ends, ends[1:], strict=False)]
         return self._commit_list(node, aten.split_with_sizes.default, (source, sizes, dim), held)
 
     def _follow_whole(self, node: fx.Node) -> None:
@@ -342,11 +356,12 @@ class _Cutter:
 
     # ------------------------------------------------------------------------------------------------------ rewriting
 
-    def _commit(self, node: fx.Node, target: Any, args: Any, kwargs: Any, held: Placement) -> bool:
+    def _commit(self, node: fx.Node, target: Any, args: Any, kwargs: Any, held: Placement | None) -> bool:
         """Make a node compute a rank's part, if that has the shape that it should have."""
         value = self._compute(target, args, kwargs)
         shape = list(self._shape(node))
-        shape[held.dim] = held.each
+        if held is not None:
+            shape[held.dim] = held.each
         if not isinstance(value, Tensor) or not same_sizes(tuple(value.shape), shape):
             return False
         self._rewrite(node, target, args, value)
@@ -455,6 +470,15 @@ class _Cutter:
             if places != list(range(len(stored))):
                 whole = call(aten.index_select.default, (whole, held.dim, self._index(torch.tensor(places))), program)
         return whole
+
+
+def _join_reshapes(program: Program) -> None:
+    """``reshape(reshape(x, a), b)  =>  reshape(x, b)``: heads that were folded into the batch come apart again."""
+    for node in program.graph.nodes:
+        while is_call(node, aten.reshape, aten.view) and is_call(node.args[0], aten.reshape, aten.view):
+            node.target = aten.reshape.default
+            node.update_arg(0, node.args[0].args[0])
+    remove_dead(program.graph)
 
 
 class _Recorded(Mapping[fx.Node, Any]):
