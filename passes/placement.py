@@ -144,6 +144,11 @@ def placement_after(
     """
     if not walks(node):
         raise Uncuttable(f"{node.target} needs all of its operand")
+    source = node.args[0] if node.args else None
+    before = placed.get(source) if isinstance(source, fx.Node) else None
+    if is_call(node, aten.slice) and isinstance(before, Placement) and len(node.args) > 1:
+        if node.args[1] % whole[node].dim() != before.dim:  # type: ignore[operator]
+            return before  # which an empty slice would not tell
     values = [_run(node, lambda n, r=rank: _poisoned(samples.of(whole[n]), placed.get(n), r)) for rank in range(ranks)]
     if isinstance(values[0], (list, tuple)):
         kept = tuple(_read([value[i] for value in values], node) for i in range(len(values[0])))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from operator import getitem
 from typing import Any
 
@@ -75,6 +76,12 @@ def _swaps_last(node: Any) -> bool:
     return sorted(dims) == [rank - 2, rank - 1]
 
 
+def style_of(weight: str, styles: Mapping[str, str]) -> str:
+    """What a plan of module patterns, such as transformers' `tp_plan`, has for a weight; "" if nothing."""
+    patterns = (name for name in styles if fnmatch(weight, f"*{name}") or fnmatch(weight, f"*{name}.weight"))
+    return next((styles[name] for name in patterns), "")
+
+
 @dataclass
 class Plan:
     """`columns`: how the values of products are held that are split by columns; what is held whole, and why."""
@@ -84,10 +91,14 @@ class Plan:
 
 
 class Planner:
-    """Makes the plan for a program that is as it was captured, for so many ranks."""
+    """Makes the plan for a program that is as it was captured, for so many ranks.
 
-    def __init__(self, program: Program, ranks: int) -> None:
-        self._program, self._ranks = program, ranks
+    `styles` are the model's own plan. It decides one thing that the graph leaves open: what all ranks need whole, as a
+    projection that is normalised over all its heads, is split by columns and gathered where it says "colwise".
+    """
+
+    def __init__(self, program: Program, ranks: int, styles: Mapping[str, str]) -> None:
+        self._program, self._ranks, self._styles = program, ranks, styles
         self._samples = Samples(program)
         self._whole = {node: node.meta.get("val") for node in program.graph.nodes}
         self._generator = torch.Generator().manual_seed(1)
@@ -199,7 +210,11 @@ class Planner:
         sets = set(reached)
         if sets == {()}:
             return ""
-        if len(sets) == 1 and self._ranks > 1:
+        if len(sets) == 1 and len(reached[0]) == size and size % self._ranks == 0:
+            product = product_of(source)
+            if product is not None and style_of(str(product.weight.target), self._styles).startswith("colwise"):
+                return Placement.blocks(rank - 1, size, self._ranks)  # gathered by the call that mixes it
+        if len(sets) == 1:
             return "" if len(reached[0]) < size else f"'{_name(source)}' stays whole: every rank's heads need all of it"
         if len({len(own) for own in reached}) > 1 or len({i for own in sets for i in own}) < size:
             return f"'{_name(source)}' stays whole: ranks need unequal numbers of its columns, or none some of them"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 from operator import getitem
 from typing import Any, ClassVar, cast
 
@@ -33,7 +32,7 @@ from lethe_compile.passes.program import (
     shape_of,
 )
 from lethe_compile.passes.reading import call, sizes_of
-from lethe_compile.passes.split_plan import Plan, Planner, Product, product_of
+from lethe_compile.passes.split_plan import Plan, Planner, Product, product_of, style_of
 
 aten = torch.ops.aten
 collective = torch.ops._c10d_functional
@@ -70,7 +69,8 @@ class TensorParallel:
     Masks that depend on the content are refused: what they read of earlier tokens is cached beside the keys of all heads.
 
     `fetch` takes a rank's part of a weight. `plan` is the model's own (transformers' `tp_plan`, module patterns to
-    styles): the graph decides, and where it leaves whole what the plan would split, a refusal says so.
+    styles): the graph decides, the plan where that leaves a choice (`split_plan`), and where a weight stays whole that
+    it would split, a refusal says so.
     """
 
     rank: int
@@ -86,7 +86,7 @@ class TensorParallel:
         for site in program.sites:
             self._refuse(program, site)
         _join_reshapes(program)
-        plan = Planner(program, self.ranks).run()
+        plan = Planner(program, self.ranks, self.plan).run()
         cutter = _Cutter(self, program, plan)
         cutter.run()
         remove_dead(program.graph)
@@ -114,7 +114,7 @@ class TensorParallel:
         styles = {k: v for k, v in self.plan.items() if v.startswith(("colwise", "rowwise", "packed_"))}
         left = []
         for pattern, style in styles.items():
-            if not any(fnmatch(name, f"*{pattern}*") for name in split):
+            if not any(style_of(name, {pattern: style}) for name in split):
                 left.append(Note(pattern, f"stays whole, and transformers' tp_plan has it {style}"))
         return left
 
