@@ -246,7 +246,8 @@ class DecodeGraph:
         # Graphs of one model never run at the same time and can share memory. A pool dies with its last graph.
         pool = next((other._graph.pool() for other in self._executor.graphs if other._graph is not None), None)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Of this thread alone: the one that watches over collectives asks the device while this one captures.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self._logits = self._step(state)
         self._graph = graph
         self.active.copy_(active)

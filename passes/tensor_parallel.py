@@ -15,7 +15,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed._functional_collectives  # noqa: F401  (gives the collectives their fake implementations)
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from lethe_compile.passes.base import Note, PassResult, refuse
 from lethe_compile.passes.check import fake_mode_of
@@ -38,7 +38,9 @@ aten = torch.ops.aten
 collective = torch.ops._c10d_functional
 
 Fetch = Callable[[str, Tensor, Placement, int], Tensor]
-"""(name of a weight, the weight, how it is held, rank) -> the rank's part, a tensor of its own."""
+"""(name of a weight, the weight, how it is held, rank) -> the rank's part, a tensor of its own.
+
+A function of one's own is asked for every weight, also those of which every rank holds all."""
 
 _RESHAPES = (aten.reshape, aten.view, aten._unsafe_view, aten.expand)
 _SPLITS = (aten.split, aten.split_with_sizes, aten.chunk)
@@ -143,6 +145,20 @@ class _Cutter:
                 self._whole_operands(node)
             elif node.op == "call_function":
                 self._step(node)
+        if self._options.fetch is not fetch_part:
+            self._fetch_whole()
+
+    def _fetch_whole(self) -> None:
+        """Weights that stay whole, where the model itself has none: from `fetch` too."""
+        module = self._program.module
+        for node in list(self._graph.find_nodes(op="get_attr")):
+            weight = attribute(module, str(node.target))
+            if node.users and isinstance(weight, nn.Parameter) and weight.dim():
+                whole = Placement.blocks(0, weight.shape[0], self._ranks, parts=1)
+                part = self._options.fetch(str(node.target), weight, whole, self._rank)
+                stored = f"tp_whole_{str(node.target).replace('.', '_')}"
+                module.register_buffer(stored, part, persistent=False)
+                node.target = stored
 
     def _step(self, node: fx.Node) -> None:
         product = product_of(node)
@@ -408,6 +424,7 @@ class _Cutter:
         weight = attribute(module, name)
         # Of a table that stays in use as a whole, as a tied embedding, the rows are no second copy.
         tied = placement.dim == 0 and any(is_call(user, aten.embedding) for user in node.users)
+        tied = tied and self._options.fetch is fetch_part
         own = placement.of(self._rank)
         if tied and isinstance(own, tuple):
             part = weight.detach().narrow(0, own[0], own[1] - own[0])

@@ -9,13 +9,16 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
+from lethe_compile.distributed import init
 from lethe_compile.errors import InputError
 from lethe_compile.tools import (
     _bench_bar,
@@ -23,6 +26,7 @@ from lethe_compile.tools import (
     _bench_generate,
     _bench_kernels,
     _bench_memory,
+    _bench_parallel,
     _bench_steps,
     _bench_tables,
 )
@@ -37,7 +41,9 @@ SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     "generate": _bench_generate.run,
     "memory": _bench_memory.run,
     "cpu": _bench_steps.run_cpu,
+    "tensor-parallel": _bench_parallel.run,
 }
+_ALONE = tuple(name for name in SECTIONS if name != "tensor-parallel")  # which needs torchrun
 FORMAT = 1  # of the JSON
 
 
@@ -50,13 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     options = _options(namespace)
     console = Console()
+    if "tensor-parallel" in options.only and _bench_parallel.started():
+        init(timeout=_bench_parallel.TIMEOUT)  # each rank has a device of its own from here on
+        if dist.get_rank() > 0:  # rank 0 tells
+            console, options = Console(quiet=True), replace(options, json=None)
     result = _start(options, arguments)
     console.print(_headline(result["machine"]))
     deadline = float("inf") if options.time_limit is None else time.monotonic() + options.time_limit
     for name in options.only:
         device = torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
-        if device.type == "cpu" and name != "cpu":
-            console.print(f"{name}: needs a CUDA GPU, and torch sees none; only the section cpu runs without")
+        if device.type == "cpu" and name not in ("cpu", "tensor-parallel"):
+            console.print(f"{name}: needs a CUDA GPU, and torch sees none; only the sections cpu and tensor-parallel run without")
             result["sections"].setdefault(name, {"rows": [], "error": "no CUDA GPU"})
             continue
         bench = Bench(options, device, _bandwidth(result, device, console), deadline, _progress)
@@ -76,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_section(console, name, result["sections"][name])
         _write(options, result)
     _finish(result, options, console)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 0
 
 
@@ -85,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lethe bench", description=__doc__)
     add = parser.add_argument
-    add("--only", type=_names(SECTIONS), metavar="LIST", help=f"sections: {','.join(SECTIONS)} (default all)")
+    add("--only", type=_names(SECTIONS), metavar="LIST", help=f"sections: {','.join(SECTIONS)} (default all but the last, which needs torchrun)")
     add("--shapes", type=_names(SHAPES), metavar="LIST", help="of steps; the other sections take the first")
     add("--batches", type=_numbers, metavar="LIST", help="sequences (default 1,16); sections with one take the largest")
     add("--lengths", type=_numbers, metavar="LIST", help="tokens so far, of steps and cpu (default 1024,8192)")
@@ -116,7 +128,7 @@ def _options(namespace: argparse.Namespace) -> Options:
 
 
 _DEFAULTS: dict[str, tuple[Any, Any]] = {
-    "only": (tuple(SECTIONS), tuple(SECTIONS)),
+    "only": (_ALONE, _ALONE),
     "shapes": (("llama-8b", "qwen2.5-7b", "qwen3-1.7b"), ("llama-8b",)),
     "batches": ((1, 16), (16,)),
     "lengths": ((1024, 8192), (8192,)),
@@ -209,7 +221,7 @@ def _bandwidth(result: Row, device: torch.device, console: Console) -> Row:
 
 def _finish(result: Row, options: Options, console: Console) -> None:
     sections = {name: outcome["rows"] for name, outcome in result["sections"].items()}
-    if any(rows for name, rows in sections.items() if name != "cpu"):
+    if any(rows for name, rows in sections.items() if name not in ("cpu", "tensor-parallel")):
         result["bar"] = _bench_bar.bar(sections, options.page_sizes[0])
         console.print(_bench_tables.bar(result["bar"]))
     _write(options, result)
