@@ -33,7 +33,7 @@ from lethe_compile.tools._bench_steps import Sample, lethe_config, measure, step
 
 _REDUCTIONS = 20  # of the scores, timed
 _NEW_TOKENS = 256  # generated for real
-TIMEOUT = timedelta(minutes=5)  # for a rank whose row broke off to be missed; one alone compiles within it
+TIMEOUT = timedelta(minutes=6)  # for a rank whose row broke off to be missed; one alone compiles within it
 
 Made = Callable[[], OptimizedModel]
 

@@ -55,11 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _bench_compile.child(namespace.compile_child, namespace.layers)
         return 0
     options = _options(namespace)
-    console = Console()
+    console, progress = Console(), _progress
     if "tensor-parallel" in options.only and _bench_parallel.started():
         init(timeout=_bench_parallel.TIMEOUT)  # each rank has a device of its own from here on
         if dist.get_rank() > 0:  # rank 0 tells
-            console, options = Console(quiet=True), replace(options, json=None)
+            console, options, progress = Console(quiet=True), replace(options, json=None), _silent
     result = _start(options, arguments)
     console.print(_headline(result["machine"]))
     deadline = float("inf") if options.time_limit is None else time.monotonic() + options.time_limit
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"{name}: needs a CUDA GPU, and torch sees none; only the sections cpu and tensor-parallel run without")
             result["sections"].setdefault(name, {"rows": [], "error": "no CUDA GPU"})
             continue
-        bench = Bench(options, device, _bandwidth(result, device, console), deadline, _progress)
+        bench = Bench(options, device, _bandwidth(result, device, console), deadline, progress)
         before = result["sections"].get(name, {"rows": []})
 
         def enter(outcome: Row, name: str = name, before: Row = before) -> None:
@@ -270,6 +270,10 @@ def _headline(facts: Row) -> str:
 
 def _now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _silent(text: str) -> None:
+    """Progress of a rank other than the first."""
 
 
 def _progress(text: str) -> None:
