@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import socket
@@ -21,7 +22,9 @@ def run_ranks(work: Callable[..., Any], directory: Path, *args: Any, size: int =
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_child, (size, port, directory, work, args), nprocs=size)  # type: ignore[no-untyped-call]
+    multiprocessing.set_forkserver_preload(["tests.oracle", "transformers"])  # imported once for all ranks
+    start = "spawn" if torch.cuda.is_available() else "forkserver"
+    mp.start_processes(_child, (size, port, directory, work, args), nprocs=size, start_method=start)  # type: ignore[no-untyped-call]
     return [pickle.loads((directory / f"{rank}.pickle").read_bytes()) for rank in range(size)]
 
 

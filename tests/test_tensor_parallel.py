@@ -32,8 +32,8 @@ def prompts(vocabulary: int = 97) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def build(name: str) -> Any:
-    return reasoner.load_model() if name == "reasoner" else tiny(name)
+def build(name: str, **overrides: Any) -> Any:
+    return reasoner.load_model() if name == "reasoner" else tiny(name, **overrides)
 
 
 def config_of(name: str) -> lethe.LetheConfig:
@@ -62,8 +62,8 @@ def generated(name: str, pruning: str, backend: str = "auto") -> dict[str, Any]:
     return facts(fast)
 
 
-def alone(name: str, pruning: str) -> dict[str, Any]:
-    return facts(lethe.optimize(build(name), config_of(pruning), verified=False))
+def alone(name: str, pruning: str, **overrides: Any) -> dict[str, Any]:
+    return facts(lethe.optimize(build(name, **overrides), config_of(pruning), verified=False))
 
 
 def assert_as_one(found: list[Any], expected: dict[str, Any], share: float) -> None:
@@ -79,7 +79,7 @@ def assert_as_one(found: list[Any], expected: dict[str, Any], share: float) -> N
 def in_turn() -> dict[str, Any]:
     """What the quick test looks at, in one start of the processes."""
     mesh, rank = distributed.init(), int(distributed.init().get_local_rank())
-    model = tiny("llama")
+    model = tiny("llama", num_hidden_layers=1)
     fast = lethe.optimize(model, PRUNING["lethe"], tp=mesh)
     found: dict[str, Any] = {"greedy": facts(fast)}
     torch.manual_seed(rank)  # each draws from a generator of its own, and rank 0's word counts
@@ -87,7 +87,7 @@ def in_turn() -> dict[str, Any]:
     for what, work in {
         "prompt": lambda: fast.generate(torch.full((1, 5), 7 + rank), **GREEDY),
         "config": lambda: lethe.optimize(model, replace(PRUNING["lethe"], decay=0.5 + rank / 4), tp=mesh),
-        "weights": lambda: lethe.optimize(other(model, rank), PRUNING["lethe"], tp=mesh),
+        "weights": lambda: lethe.optimize(other(rank), PRUNING["lethe"], tp=mesh),
         "failure": lambda: broken(mesh, rank),
         "hf": fast.as_hf,
     }.items():
@@ -98,7 +98,8 @@ def in_turn() -> dict[str, Any]:
     return found
 
 
-def other(model: Any, rank: int) -> Any:
+def other(rank: int) -> Any:
+    model = tiny("llama", num_hidden_layers=1)
     with torch.no_grad():
         model.model.norm.weight += rank
     return model
@@ -114,7 +115,7 @@ def broken(mesh: Any, rank: int) -> None:
 def test_two_processes_run_one_model(tmp_path: Path) -> None:
     first, second = run_ranks(in_turn, tmp_path)
     assert not isinstance(first, Exception), first
-    assert_as_one([first["greedy"], second["greedy"]], alone("llama", "lethe"), share=0.5)
+    assert_as_one([first["greedy"], second["greedy"]], alone("llama", "lethe", num_hidden_layers=1), share=0.5)
     assert first["sampled"] == second["sampled"] and first["after"] == first["greedy"]["tokens"]
     for found in (first, second):
         assert found["prompt"][0] is ConfigError and "inputs" in found["prompt"][1]
