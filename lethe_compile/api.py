@@ -19,8 +19,9 @@ from lethe_compile.executor import choose_backend, waits_for_host, warm_up_compi
 from lethe_compile.memory import check_kv_memory
 from lethe_compile.passes import pipeline
 from lethe_compile.passes.base import run_pipeline
+from lethe_compile.passes.cutter import Fetch, fetch_part
 from lethe_compile.passes.limits import max_positions, vocab_size
-from lethe_compile.passes.tensor_parallel import Fetch, TensorParallel, fetch_part
+from lethe_compile.passes.tensor_parallel import TensorParallel
 from lethe_compile.policies import make_policy
 from lethe_compile.runtime import OptimizedModel
 from lethe_compile.verify import verify
@@ -69,7 +70,7 @@ def optimize(
             `optimize` with the same arguments, and afterwards every method of the result that computes, alike. The
             weights that a rank splits are copies of its part: drop the model to free the whole.
         fetch: with `tp`, how a rank gets its part of a weight, where that is no copy of a part; see
-            `passes.tensor_parallel.Fetch`. Verification then needs a `model` with the same weights.
+            `passes.cutter.Fetch`. Verification then needs a `model` with the same weights.
 
     Raises:
         UnsupportedGraphError: the model cannot be captured, or something in its graph cannot be rewritten safely;
@@ -83,7 +84,7 @@ def optimize(
     if policy is not None:
         config = replace(config, policy=policy)
     ranks = ranks_of(tp)
-    options = {"backend": backend, "verified": verified, "kv_memory": kv_memory}
+    options: dict[str, Any] = {"backend": backend, "verified": verified, "kv_memory": kv_memory}
     if ranks is None:
         return _optimize(model, config, example_inputs, None, fetch, **options)
     _compare(ranks, model, config, options)
@@ -140,6 +141,8 @@ def _optimize(
     chosen = choose_backend(
         backend, device, stateful=stateful, content=content, waits=waits_for_host(result.program.graph)
     )
+    if ranks is not None:
+        chosen = (chosen[0], f"{chosen[1]}; rank {ranks.rank} of {ranks.size}, its share of the heads")
     fast = OptimizedModel(
         result.program,
         config,
@@ -163,4 +166,6 @@ def _optimize(
 
 def _calls(graph: fx.Graph) -> str:
     """What the graph calls, in order, in short."""
-    return hashlib.sha256("\n".join(str(node.target) for node in graph.nodes if node.op == "call_function").encode()).hexdigest()
+    return hashlib.sha256(
+        "\n".join(str(node.target) for node in graph.nodes if node.op == "call_function").encode()
+    ).hexdigest()

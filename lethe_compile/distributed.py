@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT = timedelta(minutes=10)
-"""After so long without an answer from another rank, torch.distributed raises on a CPU, and ends the process on a GPU."""
+"""After so long without another rank's answer, torch.distributed raises on a CPU, and ends the process on a GPU."""
 
 
 def init(size: int | None = None, *, timeout: timedelta = TIMEOUT) -> DeviceMesh:
@@ -49,7 +49,9 @@ def init(size: int | None = None, *, timeout: timedelta = TIMEOUT) -> DeviceMesh
         )
     known = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
     if size is not None and size != known:
-        raise InputError(f"tp={size} does not fit the {known} processes that were started: torchrun --nproc-per-node {size}")
+        raise InputError(
+            f"tp={size} does not fit the {known} processes that were started: torchrun --nproc-per-node {size}"
+        )
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if not dist.is_initialized():
         device = None
@@ -98,8 +100,9 @@ class Ranks:
         self._group = mesh.get_group()
         self.rank, self.size = mesh.get_local_rank(), mesh.size()
         self.group_name: str = self._group.group_name
-        index = torch.cuda.current_device() if mesh.device_type == "cuda" else None
-        self.device = torch.device(mesh.device_type, index)
+        self.device = torch.device(mesh.device_type)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device())
 
     # ------------------------------------------------------------------------------------------------ on the device
 
@@ -183,7 +186,7 @@ def _short(text: str | None) -> str:
     return text if len(text) <= 120 else f"{text[:119]}…"
 
 
-# ---------------------------------------------------------------------------------------------------------- fingerprints
+# --------------------------------------------------------------------------------------------------------- fingerprints
 
 
 def digest(tensor: Tensor) -> str:
@@ -203,16 +206,11 @@ def weights_of(model: nn.Module | torch.export.ExportedProgram) -> dict[str, str
     return found
 
 
-def _sum_of_bits(tensor: Tensor) -> int | str:
-    if not tensor.numel():
-        return 0
-    kinds: dict[int, Callable[[Tensor], Tensor]] = {
-        size: lambda t, kind=kind: t.view(kind) for size, kind in _INTEGERS.items()
-    }
-    flat = tensor.detach()
-    if flat.dtype == torch.bool or flat.is_complex() or flat.itemsize not in kinds:
-        return digest(flat)
-    return int(kinds[flat.itemsize](flat).sum(dtype=torch.int64))
-
-
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _sum_of_bits(tensor: Tensor) -> int | str:
+    flat = tensor.detach()
+    if flat.dtype == torch.bool or flat.is_complex() or flat.itemsize not in _INTEGERS:
+        return digest(flat)
+    return int(flat.view(_INTEGERS[flat.itemsize]).sum(dtype=torch.int64)) if flat.numel() else 0

@@ -722,7 +722,6 @@ def _shown(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if value is None or name in _OWN_OPTIONS:
             continue
-        name = "input_ids" if name == "inputs" else name
         if isinstance(value, Tensor):
             shown[name] = digest(value)
         elif hasattr(value, "to_dict"):

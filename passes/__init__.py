@@ -32,8 +32,8 @@ def pipeline(
     `decay`, `peak` and `per_head` are those of `InsertAttention`.
 
     `own_cache` is for a decode step that carries a cache, `Program.step`. `fuse` adds what only pays where memory
-    bandwidth is the limit: a GPU. `latent` lets layers cache what their keys and values are made of, as `CacheLatent`. `parallel` leaves
-    this rank its share of the model.
+    bandwidth is the limit: a GPU. `latent` lets layers cache what their keys and values are made of, as `CacheLatent`.
+    `parallel` leaves this rank its share of the model.
     """
     first: tuple[Pass, ...] = (LocateCache(),) if own_cache else ()
     shares: tuple[Pass, ...] = () if parallel is None else (parallel,)

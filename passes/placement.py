@@ -147,12 +147,16 @@ def placement_after(
     source = node.args[0] if node.args else None
     before = placed.get(source) if isinstance(source, fx.Node) else None
     if is_call(node, aten.slice) and isinstance(before, Placement) and len(node.args) > 1:
-        if node.args[1] % whole[node].dim() != before.dim:  # type: ignore[operator]
-            return before  # which an empty slice would not tell
-    values = [_run(node, lambda n, r=rank: _poisoned(samples.of(whole[n]), placed.get(n), r)) for rank in range(ranks)]
+        dim: Any = node.args[1]
+        if dim % whole[node].dim() != before.dim:  # an empty slice would not tell
+            return before
+
+    def value_on(rank: int) -> Any:
+        return _run(node, lambda n: _poisoned(samples.of(whole[n]), placed.get(n), rank))
+
+    values = [value_on(rank) for rank in range(ranks)]
     if isinstance(values[0], (list, tuple)):
-        kept = tuple(_read([value[i] for value in values], node) for i in range(len(values[0])))
-        return kept
+        return tuple(_read([value[i] for value in values], node) for i in range(len(values[0])))
     return _read(values, node)
 
 

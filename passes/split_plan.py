@@ -1,8 +1,8 @@
 """Which weights tensor parallelism splits: found on the graph by walking back from attention and from products.
 
 A product whose value reaches the heads of one rank alone is split by columns; the one that takes them up again, by
-rows. Which of its columns reach which heads is not read from names or layouts: gradients on a sample tell, so that fused
-and interleaved projections, gates and rotary embeddings need no rule.
+rows. Which of its columns reach which heads is not read from names or layouts: gradients on a sample tell, so that
+fused and interleaved projections, gates and rotary embeddings need no rule.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ aten = torch.ops.aten
 
 _LONGEST, _MOST_SOURCES = 240, 16  # calls between two products, and products behind one value
 _GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
-_NARROW = 8  # a product of fewer numbers than an eighth of its result, as an adapter's, costs more to reduce than it saves
+_NARROW = 8  # a product of fewer numbers than an eighth of its result, as of an adapter, costs more than it saves
 
 
 @dataclass(frozen=True)
 class Product:
-    """``operand @ weight (+ bias)`` over the last dimension; `columns`, `rows` are dimensions of the weight as stored."""
+    """``operand @ weight (+ bias)`` over the last dimension; `columns`, `rows`: dimensions of the weight as stored."""
 
     operand: fx.Node
     weight: fx.Node  # get_attr
@@ -201,9 +201,7 @@ class Planner:
             cut = [self._reached(value, seed, rank, leaves) for rank in range(self._ranks)]
         except Uncuttable as reason:
             return str(reason)
-        return {
-            source: self._as_placement(source, [reached[i] for reached in cut]) for i, source in enumerate(sources)
-        }
+        return {source: self._as_placement(source, [reached[i] for reached in cut]) for i, source in enumerate(sources)}
 
     def _as_placement(self, source: fx.Node, reached: list[tuple[int, ...]]) -> Placement | str:
         rank, size = len(shape_of(source)), int(shape_of(source)[-1])

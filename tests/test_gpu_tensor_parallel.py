@@ -60,10 +60,19 @@ def half_precision() -> tuple[list[Any], int]:
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [("llama", "auto"), ("gemma2", "auto"), ("llama", "inductor"), ("gpt2", "eager"), ("qwen3", "eager"), ("reasoner", "auto")],
+    [
+        ("llama", "auto"),
+        ("gemma2", "auto"),
+        ("llama", "inductor"),
+        ("gpt2", "eager"),
+        ("qwen3", "eager"),
+        ("reasoner", "auto"),
+    ],
 )
 def test_two_gpus_write_the_tokens_of_one(name: str, backend: str, tmp_path: Path) -> None:
-    expected = facts(lethe.optimize(build(name, torch.device("cuda")), PRUNING["lethe"], backend=backend, verified=False))
+    expected = facts(
+        lethe.optimize(build(name, torch.device("cuda")), PRUNING["lethe"], backend=backend, verified=False)
+    )
     found = run_ranks(on_gpu, tmp_path, name, backend)
     assert_as_one(found, expected, share=0.5)
     assert [one["backend"] for one in found] == [expected["backend"]] * 2

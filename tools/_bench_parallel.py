@@ -195,8 +195,12 @@ def _generated(bench: Bench, fast: OptimizedModel) -> Row:
 
 
 def weight_bytes(fast: OptimizedModel) -> int:
-    """Weights that a decode step of this rank reads: all but of the input embedding, unless that is the output's too."""
-    held = {name: t for name, t in _tensors(fast.graph_module) if "embed" not in name or "tp_" in name}
+    """Weights that a decode step of this rank reads: all but an input embedding that is not the output's too."""
+    held = {
+        name: t
+        for name, t in _tensors(fast.graph_module)
+        if "embed" not in name or name.startswith("tp_") > name.startswith("tp_whole")
+    }
     return sum(tensor.nbytes for tensor in held.values())
 
 

@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.only:
         device = torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
         if device.type == "cpu" and name not in ("cpu", "tensor-parallel"):
-            console.print(f"{name}: needs a CUDA GPU, and torch sees none; only the sections cpu and tensor-parallel run without")
+            console.print(
+                f"{name}: needs a CUDA GPU, and torch sees none; only the sections cpu and tensor-parallel run without"
+            )
             result["sections"].setdefault(name, {"rows": [], "error": "no CUDA GPU"})
             continue
         bench = Bench(options, device, _bandwidth(result, device, console), deadline, progress)
@@ -97,7 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lethe bench", description=__doc__)
     add = parser.add_argument
-    add("--only", type=_names(SECTIONS), metavar="LIST", help=f"sections: {','.join(SECTIONS)} (default all but the last, which needs torchrun)")
+    add(
+        "--only",
+        type=_names(SECTIONS),
+        metavar="LIST",
+        help=f"sections: {','.join(SECTIONS)} (default all but the last, which needs torchrun)",
+    )
     add("--shapes", type=_names(SHAPES), metavar="LIST", help="of steps; the other sections take the first")
     add("--batches", type=_numbers, metavar="LIST", help="sequences (default 1,16); sections with one take the largest")
     add("--lengths", type=_numbers, metavar="LIST", help="tokens so far, of steps and cpu (default 1024,8192)")

@@ -122,6 +122,11 @@ def _check_target(folder: Path, overwrite: bool) -> None:
 
 def _refuse(fast: OptimizedModel) -> None:
     """Refuse by name what no format can carry."""
+    if fast.ranks is not None:
+        raise UnsupportedGraphError(
+            f"rank {fast.ranks.rank} of {fast.ranks.size} holds its share of the model, and an artifact runs alone",
+            hint="Optimize the model on one rank, without tp, and export that",
+        )
     refuse_what_has_no_contiguous_form(fast.program)
     if type(fast.policy) not in (LethePolicy, FullPolicy):
         raise UnsupportedGraphError(

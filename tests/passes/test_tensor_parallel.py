@@ -16,10 +16,11 @@ from lethe_compile.models.tiny import tiny
 from lethe_compile.passes import pipeline
 from lethe_compile.passes.base import PassResult, run_pipeline
 from lethe_compile.passes.check import check
+from lethe_compile.passes.cutter import collective
 from lethe_compile.passes.evaluate import sample_inputs
 from lethe_compile.passes.placement import Placement
 from lethe_compile.passes.program import Program, attribute
-from lethe_compile.passes.tensor_parallel import TensorParallel, collective
+from lethe_compile.passes.tensor_parallel import TensorParallel
 
 Result = list[tuple[Program, PassResult]]
 
@@ -52,9 +53,7 @@ def together(programs: list[Program], inputs: dict[str, Tensor]) -> list[Tensor]
     """The outputs of graphs of equal calls, run node by node in step."""
     values: list[dict[fx.Node, Any]] = [{} for _ in programs]
     for nodes in zip(*(program.graph.nodes for program in programs), strict=True):
-        args = [
-            fx.node.map_arg((n.args, n.kwargs), own.__getitem__) for n, own in zip(nodes, values, strict=True)
-        ]
+        args = [fx.node.map_arg((n.args, n.kwargs), own.__getitem__) for n, own in zip(nodes, values, strict=True)]
         first = nodes[0]
         if first.op == "output":
             return [arg[0][0] for arg in args]
@@ -116,7 +115,9 @@ def test_fused_projections_and_experts(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma2", "phi3", "gpt_oss", "bloom", "gpt_bigcode", "deepseek_v3", "falcon", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["gemma2", "phi3", "gpt_oss", "bloom", "gpt_bigcode", "deepseek_v3", "falcon", "qwen3"]
+)
 def test_other_idioms(name: str) -> None:
     assert_equal_numbers(model_of(name), split(model_of(name), 2))
 
