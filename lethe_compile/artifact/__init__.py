@@ -42,6 +42,11 @@ def open_artifact(directory: str | Path, **options: Any) -> Runner:
         from lethe_compile.artifact.pt2 import Pt2Runner
 
         return Pt2Runner(manifest, **options)
+    if manifest.kind == "aoti" and "decode" in manifest.programs:
+        _require("torch", manifest)
+        from lethe_compile.artifact.aoti_cuda import KernelRunner
+
+        return KernelRunner(manifest, **options)
     if manifest.kind == "aoti":
         _require("torch", manifest)
         from lethe_compile.artifact.aoti import AotiRunner

@@ -27,6 +27,7 @@ from lethe_compile.artifact.tokens import TOKENIZER, check_vocabulary
 from lethe_compile.errors import ArtifactError, ConfigError, UnsupportedGraphError
 from lethe_compile.exporters.tensorrt_build import EngineOptions
 from lethe_compile.passes.contiguous import refuse_what_has_no_contiguous_form
+from lethe_compile.passes.kernel_step import MOST_ROWS
 from lethe_compile.policies.full import FullPolicy
 from lethe_compile.policies.lethe import LethePolicy
 from lethe_compile.runtime import OptimizedModel
@@ -55,7 +56,8 @@ def export(
     ======== ================================================= ===========================================
     onnx     ``step.onnx``, ``prune.onnx``, ``weights.bin``    onnxruntime and NumPy; any device of theirs
     pt2      ``step.pt2``, ``prune.pt2``                       torch and lethe_compile
-    aoti     ``step.pt2``, ``prune.pt2``                       torch, from Python or C++; where it was made
+    aoti     ``step.pt2``, ``prune.pt2``, on a GPU also        torch, from Python or C++; where it was made
+             ``decode.pt2`` and ``weights.safetensors``
     tensorrt the ONNX files, ``step.plan``, ``prune.plan``     tensorrt and torch; where they were built
     ======== ================================================= ===========================================
 
@@ -209,7 +211,7 @@ def _manifest(
         device = _gpu(None)
     return Manifest(
         kind=kind,
-        model=_model_facts(fast),
+        model={**_model_facts(fast), **({"most_rows": MOST_ROWS} if "decode" in programs else {})},
         caches=caches,
         policy=policy,
         state=state if "prune" in programs else (),
