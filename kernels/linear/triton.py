@@ -109,7 +109,9 @@ def _linears(
     if T2 < T3:  # noqa: SIM102
         if tile >= T2:
             at = (tile - T2) * N
-            _tile(x, w3, b3, out, at, N0 + N1 + N2, tokens, K, N3, WIDTH, BIAS, M, N, BLOCK, WEIGHTS_FIRST, BULK, STAGES)
+            _tile(
+                x, w3, b3, out, at, N0 + N1 + N2, tokens, K, N3, WIDTH, BIAS, M, N, BLOCK, WEIGHTS_FIRST, BULK, STAGES
+            )
 
 
 def serves(x: Tensor, weights: Sequence[Tensor]) -> bool:

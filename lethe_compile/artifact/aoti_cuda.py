@@ -61,7 +61,9 @@ class KernelRunner:
         count = len(self.manifest.caches)
         self.rows, self.row_pages = rows, 0
         self.state = {
-            one.name: self._full((count, rows), getattr(torch, one.dtype), np.nan if one.initial is None else one.initial)
+            one.name: self._full(
+                (count, rows), getattr(torch, one.dtype), np.nan if one.initial is None else one.initial
+            )
             for one in self.manifest.state
         }
         self.caches: dict[str, Tensor] = {}
@@ -115,7 +117,9 @@ class KernelRunner:
         for tensor, after in zip(self.caches.values(), results[len(self.state) :], strict=True):
             tensor.copy_(after.view_as(tensor))  # in its place, where CUDA graphs look for it
 
-    def choose_ahead(self, tokens: Ints, next_position: Ints, active: NDArray[np.bool_], ends: Ints, steps: int) -> Chosen:
+    def choose_ahead(
+        self, tokens: Ints, next_position: Ints, active: NDArray[np.bool_], ends: Ints, steps: int
+    ) -> Chosen:
         """Up to `steps` greedy steps, a token ``[rows]`` each; as `loop.AheadRunner` says."""
         steps = min(steps, CHUNK)
         if self._graph is None or not np.array_equal(self._graph.ends, ends):
