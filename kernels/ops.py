@@ -324,7 +324,7 @@ def top(score: Tensor, position: Tensor, length: Tensor, **rule: Any) -> Tensor:
 
 
 def hoyer_sparsity(mass: Tensor, length: Tensor) -> Tensor:
-    """`kernels.select.reference.hoyer_sparsity`, by the fastest kernel for the tensors' device; traced, it is PyTorch."""
+    """`kernels.select.reference.hoyer_sparsity`, by the fastest kernel; traced, it is PyTorch."""
     if _use_triton(mass) and not torch.compiler.is_exporting():
         from lethe_compile.kernels.select.triton import hoyer_sparsity as fast
 

@@ -28,7 +28,7 @@ MOST_ROWS = 64
 def kernel_step(program: Program, *, decode: bool) -> fx.GraphModule:
     """``(input_ids, positions, new_lengths, page_table, *caches) -> (logits,)``; caches are written in place.
 
-    With `decode` ids are ``[rows, 1]``, of at most `MOST_ROWS`; else ``[rows, T]``, of any. page_table is ``[rows, n]``.
+    With `decode` ids are ``[rows, 1]``, of at most `MOST_ROWS`; else ``[rows, T]``, of any. The table is ``[rows, n]``.
     Values that a cache keeps inside its keys have no tensor. Logits are as those of `contiguous_step`.
 
     Raises:

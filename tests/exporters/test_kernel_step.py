@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
-from unittest import mock
-
 import pytest
 import torch
-from torch import Tensor
 
-import lethe_compile as lethe
-from lethe_compile.artifact import aoti_cuda, generate
+from lethe_compile.artifact import generate
 from lethe_compile.artifact.aoti_cuda import KernelRunner
 from lethe_compile.artifact.loop import AheadRunner
 from lethe_compile.artifact.manifest import ProgramSpec
-from lethe_compile.errors import InputError
 from lethe_compile.exporters import _manifest
 from lethe_compile.exporters.aoti import kernel_programs
 from lethe_compile.models.architectures import build
