@@ -41,7 +41,8 @@ manifest = json.loads((folder / "manifest.json").read_text())
 weights = load_file(folder / "weights.safetensors", device="cuda")
 programs = {}
 for name, program in manifest["programs"].items():
-    package = programs[name] = torch._inductor.aoti_load_package(str(folder / program["file"]), run_single_threaded=True)
+    file = str(folder / program["file"])
+    package = programs[name] = torch._inductor.aoti_load_package(file, run_single_threaded=True)
     own = {one: weights.get(f"{name}:{one}", weights.get(one)) for one in package.get_constant_fqns()}
     if own:
         package.load_constants(own, check_full_update=True, user_managed=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -298,6 +299,7 @@ def make(recorder: Recorder) -> ModuleType:
             raise AttributeError(f"TensorRT documents no {name!r}")
 
     module = StrictModule("tensorrt")
+    module.__spec__ = ModuleSpec("tensorrt", None)
     module.__dict__.update(
         __version__="10.13.3",
         Builder=Builder,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -155,7 +156,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
     for name, members in modules.items():
         module = ModuleType(name)
-        module.__dict__.update(members)
+        module.__dict__.update(members, __spec__=ModuleSpec(name, None))
         monkeypatch.setitem(sys.modules, name, module)
     sys.modules["torch_tensorrt"].dynamo = sys.modules["torch_tensorrt.dynamo"]  # type: ignore[attr-defined]
     ours.register_converters.cache_clear()
@@ -192,7 +193,8 @@ def test_the_lowered_programs_are_accepted_and_compute_the_same(fake: dict[str, 
     assert ids.name == "input_ids" and ids.shapes == ((1, 1), (2, 8), (4, 64)) and ids.dtype == torch.int64
     for program in (step_program(fast), prune_program(fast)):
         assert program is not None
-        given = [_drawn(operand, tensor) for operand, tensor in zip(program.inputs, program.examples(OTHER_SIZES))]
+        examples = zip(program.inputs, program.examples(OTHER_SIZES), strict=True)
+        given = [_drawn(operand, tensor) for operand, tensor in examples]
         with torch.no_grad():
             expected, got = program.module(*given), compiled[program.name](*given)
         for one, other in zip(expected, got, strict=True):
