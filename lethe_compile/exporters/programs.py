@@ -91,7 +91,7 @@ def _per_parameter(module: nn.Module, sizes: tuple[Any, ...]) -> tuple[Any, ...]
     if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return sizes
     named = sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters)
-    return (*sizes[:named], sizes[named:])
+    return (*sizes[:named], sizes[named:]) if len(sizes) > named else sizes  # ``*args`` that are empty have no place
 
 
 def step_program(fast: OptimizedModel) -> ExportableProgram:

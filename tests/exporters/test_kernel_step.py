@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ class _Driver:
 
 
 @pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels can be traced, and analysed as for a GPU, but a launch does nothing."""
     wrap = torch.library.wrap_triton
 
@@ -91,7 +91,6 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(torch.library, "wrap_triton", lambda k: wrap(k) if is_wrap_triton_enabled() else Nothing())
     monkeypatch.setattr(type(triton.runtime.driver), "active", _Driver())
-    yield
 
 
 @pytest.mark.slow
