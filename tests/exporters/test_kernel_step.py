@@ -35,6 +35,11 @@ NAME = os.environ.get("LETHE_TEST_MODEL", "llama")
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(scope="module")
+def fast() -> OptimizedModel:
+    return optimized(tiny("llama"))
+
+
 def runner_of(fast: OptimizedModel) -> KernelRunner:
     """The runner of an artifact over the programs themselves, op by op."""
     programs = {program.name: program for program in kernel_programs(fast)}
@@ -95,9 +100,8 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_gpu")
-def test_what_the_compiler_gets_writes_in_place() -> None:
+def test_what_the_compiler_gets_writes_in_place(fast: OptimizedModel) -> None:
     """The graph that Inductor lowers: kernels and nothing of ours, caches written without a copy of any."""
-    fast = optimized(tiny("llama"))
     programs = {program.name: program for program in kernel_programs(fast)}
     for name in ("step", "decode"):
         graph, written = _functional(programs[name].trace())
@@ -130,16 +134,16 @@ def _functional(exported: ExportedProgram) -> tuple[torch.fx.Graph, int]:
     return graph, len(written)
 
 
-def test_more_rows_than_the_kernels_take_are_refused() -> None:
-    runner = runner_of(optimized(tiny("llama")))
+def test_more_rows_than_the_kernels_take_are_refused(fast: OptimizedModel) -> None:
+    runner = runner_of(fast)
     with pytest.raises(
         InputError, match=rf"{MOST_ROWS + 1} prompts at once are too many: the artifact takes {MOST_ROWS}"
     ):
         runner.begin(MOST_ROWS + 1)
 
 
-def test_caches_grow_and_shrink_with_what_is_in_them() -> None:
-    runner = runner_of(optimized(tiny("llama")))
+def test_caches_grow_and_shrink_with_what_is_in_them(fast: OptimizedModel) -> None:
+    runner = runner_of(fast)
     runner.begin(2)
     runner.reserve(3 * runner.page)
     first, pages = runner.caches["k_0"], runner.row_pages

@@ -18,6 +18,7 @@ from lethe_compile.exporters.tensorrt_build import EngineOptions
 from lethe_compile.exporters.tensorrt_limits import VERSIONS, violations
 from lethe_compile.exporters.tensorrt_rewrite import within_limits
 from lethe_compile.models.tiny import tiny
+from lethe_compile.runtime import OptimizedModel
 from tests.exporters.onnx_case import check_format, lethe_without, optimized
 
 FLOAT, INT64, DOUBLE, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.DOUBLE, TensorProto.BOOL
@@ -39,6 +40,11 @@ def model(
     graph = helper.make_graph([node], "graph", given, [result], values)
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
     return ir.from_proto(made)
+
+
+@pytest.fixture(scope="module")
+def fast() -> OptimizedModel:
+    return optimized(tiny("llama"))
 
 
 CASES: dict[str, tuple[Callable[[], ir.Model], str]] = {
@@ -115,9 +121,9 @@ def test_a_rewrite(made: Callable[[], ir.Model], expected: list[str]) -> None:
     assert [value.name for value in one.graph.outputs] == ["y"]
 
 
-def test_without_tensorrt_it_says_what_was_written_and_what_to_run(tmp_path: Path) -> None:
+def test_without_tensorrt_it_says_what_was_written_and_what_to_run(fast: OptimizedModel, tmp_path: Path) -> None:
     with pytest.raises(MissingPackageError) as caught:
-        tensorrt.tell_how_to_build(optimized(tiny("llama")), tmp_path, EngineOptions())
+        tensorrt.tell_how_to_build(fast, tmp_path, EngineOptions())
     message = str(caught.value)
     assert caught.value.package == "tensorrt" and "'tensorrt' is not installed" in message
     assert f"{tmp_path / 'step.onnx'}, {tmp_path / 'prune.onnx'} were written" in message
@@ -137,8 +143,7 @@ def test_the_command_line_exits_with_3_and_leaves_programs_that_run(tmp_path: Pa
     assert again.returncode == 0 and "40 tokens in" in again.stderr
 
 
-def test_trtexec_gets_a_profile_for_decode_and_one_for_prefill(tmp_path: Path) -> None:
-    fast = optimized(tiny("llama"))
+def test_trtexec_gets_a_profile_for_decode_and_one_for_prefill(fast: OptimizedModel, tmp_path: Path) -> None:
     options = EngineOptions(rows=(1, 2, 4), timing_cache=Path("with space"))
     step = tensorrt.trtexec(step_program(fast), tmp_path, options)
     assert "--timingCacheFile='with space'" in step
