@@ -68,7 +68,7 @@ class _KernelBuilder(PagedBuilder):
                 fixed_counter(MOST_ROWS, site.heads, site.geometry[0], site.geometry[2], _itemsize(site))
                 for site in self.program.sites
             ]
-            options = {"dtype": torch.int32, "device": self.program.device}
+            options: dict[str, Any] = {"dtype": torch.int32, "device": self.program.device}
             self.counter = self.graph.call_function(torch.zeros, (max(sizes),), options)
         return begun
 
@@ -83,7 +83,8 @@ class _KernelBuilder(PagedBuilder):
         def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
             if not ops.linears_serve(x, weights, MOST_ROWS):
                 return plain(x, weights, biases)
-            return torch.ops.lethe.few_linears(x, list(weights), list(biases), MOST_ROWS)
+            result: Tensor = torch.ops.lethe.few_linears(x, list(weights), list(biases), MOST_ROWS)
+            return result
 
         return {**DECOMPOSED, str(LINEARS): linears}
 

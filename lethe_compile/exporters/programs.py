@@ -186,7 +186,7 @@ def kernel_cache_operands(fast: OptimizedModel, pages: tuple[str, ...]) -> tuple
     operands = []
     for index, site in enumerate(fast.caches):
         kv_heads, k_dim, v_dim = site.geometry[:3]
-        kinds = {
+        kinds: dict[str, tuple[tuple[int | str, ...], torch.dtype]] = {
             "k": ((*pages, kv_heads, fast.page_size, k_dim), fast.dtype),
             "v": ((*pages, kv_heads, fast.page_size, v_dim), fast.dtype),
             "position": ((*pages, fast.page_size), torch.int32),
