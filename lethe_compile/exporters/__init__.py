@@ -203,7 +203,7 @@ def _manifest(
         )
         for name, value in fast.policy.state().items()
     )
-    interval = fast.config.interval_on(fast.device.type)
+    interval = fast.config.interval
     config = fast.config.to_dict()
     policy = {"name": fast.config.policy, "decay": fast.policy.decay, "interval": interval, "config": config}
     device = Device("any") if kind in ("onnx", "tensorrt") else _device(fast)

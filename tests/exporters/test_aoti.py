@@ -64,5 +64,6 @@ def test_weights_are_written_once_and_outside_of_the_library(artifact: Path) -> 
     parameters = load_manifest(artifact).model["parameters"]
     with zipfile.ZipFile(artifact / "step.pt2") as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
+        assert not any(name.endswith((".pkl", ".pt")) for name in sizes), "nothing in it is unpickled"
     blobs = [size for name, size in sizes.items() if name.endswith(".blob")]
     assert 4 * parameters <= sum(blobs) < 4.2 * parameters
