@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lethe_compile.artifact.aoti_cuda import WEIGHTS
 from lethe_compile.artifact.manifest import ProgramSpec
-from lethe_compile.errors import MissingPackageError, UnsupportedGraphError
+from lethe_compile.errors import LetheError, MissingPackageError, UnsupportedGraphError
 from lethe_compile.exporters.programs import (
     ExportableProgram,
     kernel_step_program,
@@ -88,7 +88,7 @@ def _write_kernels(fast: OptimizedModel, directory: Path, progress: Callable[[st
 def _compile(
     program: ExportableProgram, directory: Path, config: dict[str, Any], progress: Callable[[str], None]
 ) -> tuple[ProgramSpec, torch.export.ExportedProgram]:
-    from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     progress(f"{program.name}: tracing")
     exported = program.trace()
@@ -100,5 +100,11 @@ def _compile(
         )
     except InvalidCxxCompiler as error:
         raise MissingPackageError("AOTInductor needs a C++ compiler, such as g++: install one", "g++") from error
+    except CppCompileError as error:
+        lines = str(error).splitlines()
+        first = next((line.strip() for line in lines if "error" in line.lower() and "Error:" not in line), lines[0])
+        raise LetheError(
+            f"{file} was not compiled: {first}. For a GPU, headers and libraries of CUDA are needed: set CUDA_HOME"
+        ) from error
     names = tuple(operand.name for operand in program.inputs)
     return ProgramSpec(file, names, program.outputs), exported
