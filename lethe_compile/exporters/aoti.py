@@ -102,7 +102,7 @@ def _compile(
         raise MissingPackageError("AOTInductor needs a C++ compiler, such as g++: install one", "g++") from error
     except CppCompileError as error:
         lines = str(error).splitlines()
-        first = next((line.strip() for line in lines if "error" in line.lower() and "Error:" not in line), lines[0])
+        first = next((line.strip() for line in lines if " error: " in line), lines[0])
         raise LetheError(
             f"{file} was not compiled: {first}. For a GPU, headers and libraries of CUDA are needed: set CUDA_HOME"
         ) from error

@@ -38,7 +38,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (directory / "step.onnx").write_bytes(b"program")
         return {"step": ProgramSpec("step.onnx", (), ())}
 
-    monkeypatch.setattr(exporters, "_writer", lambda format: write)
+    monkeypatch.setattr(exporters, "_writer", lambda format, engine: write)
 
 
 @pytest.mark.usefixtures("quick")
@@ -70,7 +70,7 @@ def test_an_export_that_breaks_off_leaves_nothing(
         (directory / "weights.bin").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(exporters, "_writer", lambda format: write)
+    monkeypatch.setattr(exporters, "_writer", lambda format, engine: write)
     with pytest.raises(error if isinstance(error, type) else type(error)):
         lethe.export(fast, tmp_path / "artifact", format="onnx")
     assert list(tmp_path.iterdir()) == []
@@ -138,7 +138,7 @@ def test_bad_settings_are_refused(flags: list[str], error: type[Exception], mess
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (InvalidCxxCompiler(), "AOTInductor needs a C++ compiler, such as g\\+\\+"),
+        (InvalidCxxCompiler(), r"AOTInductor needs a C++ compiler, such as g\+\+"),
         (
             CppCompileError(["g++"], "x.cpp:1:10: fatal error: cuda.h: No such file or directory"),
             r"step\.pt2 was not compiled: .*cuda\.h: No such file or directory.*set CUDA_HOME",
