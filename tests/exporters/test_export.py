@@ -138,7 +138,7 @@ def test_bad_settings_are_refused(flags: list[str], error: type[Exception], mess
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (InvalidCxxCompiler(), r"AOTInductor needs a C++ compiler, such as g\+\+"),
+        (InvalidCxxCompiler(), r"AOTInductor needs a C\+\+ compiler, such as g\+\+"),
         (
             CppCompileError(["g++"], "x.cpp:1:10: fatal error: cuda.h: No such file or directory"),
             r"step\.pt2 was not compiled: .*cuda\.h: No such file or directory.*set CUDA_HOME",
