@@ -1,0 +1,13 @@
+"""The check for continuous integration: a pruned graph beside the unpruned one, on the same prompts.
+
+    comparison = lethe.compare(model, ["Prove that …"], tokenizer=tokenizer, thresholds=Thresholds(max_kl=0.02))
+    print(comparison)  # tables; `passed`, `failures`, `to_dict()`
+
+`lethe compare` is its command line, `lethe_compile.testing` its form for pytest.
+"""
+
+from __future__ import annotations
+
+from lethe_compile.comparison.result import Comparison
+
+__all__ = ["Comparison"]
