@@ -17,6 +17,7 @@ from lethe_compile.memory import check_kv_memory
 from lethe_compile.passes import pipeline
 from lethe_compile.passes.base import run_pipeline
 from lethe_compile.passes.limits import max_positions, vocab_size
+from lethe_compile.passes.summary import GraphSummary
 from lethe_compile.policies import make_policy
 from lethe_compile.runtime import OptimizedModel
 from lethe_compile.verify import verify
@@ -71,6 +72,7 @@ def optimize(
     if backend != "eager" and isinstance(model, nn.Module) and any(weight.is_cuda for weight in model.parameters()):
         warm_up_compiler()
     captured = capture(model, example_inputs)
+    before = GraphSummary.of(captured.program.graph)
     device = captured.program.device
     own_cache = captured.program.step is not None
     options = {"fuse": device.type == "cuda", "own_cache": own_cache, "latent": config.cache_latent}
@@ -91,7 +93,7 @@ def optimize(
         hf_config=getattr(model, "config", None),
         backend=chosen,
     )
-    fast.restart_at = captured.restart_at
+    fast.restart_at, fast.captured = captured.restart_at, before
     if verified:
         with causality_told(captured.original, device):
             verify(captured.original, fast)

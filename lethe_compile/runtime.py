@@ -24,6 +24,7 @@ from lethe_compile.observation import fill_observed
 from lethe_compile.passes.base import PassRecord
 from lethe_compile.passes.insert_attention import set_score
 from lethe_compile.passes.program import Program
+from lethe_compile.passes.summary import GraphSummary
 from lethe_compile.past import Past
 from lethe_compile.policies import make_policy
 from lethe_compile.policies.base import NEVER, Policy, RoundState
@@ -71,6 +72,7 @@ class OptimizedModel(nn.Module):
         vocab_size, max_positions: limits on inputs; `max_positions` is None where the model has none.
         restart_at: tokens beyond which a generation computes all keys and values anew, once, as transformers does where
             rotary frequencies change with the length; None where they do not.
+        captured: what the graph was like before the passes; None where nobody noted it.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class OptimizedModel(nn.Module):
         self.kv_memory: int | float | None = None
         self._allowed_by: int | float | None = None  # the `kv_memory` behind `cache.max_bytes`
         self.restart_at: int | None = None
+        self.captured: GraphSummary | None = None
         self.on_round: list[Callable[[Round], None]] = []
         self.recorder: Recorder | None = None
         self.give_way: Callable[[], object] | None = None
@@ -490,6 +493,21 @@ class OptimizedModel(nn.Module):
         finally:
             self._policy = pruning
 
+    def twin(self) -> OptimizedModel:
+        """The same graph with a cache of its own: for two generations side by side. `reconfigure` changes both."""
+        twin = OptimizedModel(
+            self._program,
+            self.config,
+            records=self._records,
+            vocab_size=self.vocab_size,
+            max_positions=self.max_positions,
+            generation_config=self.generation_config,
+            hf_config=self.hf_config,
+            backend=self.backend,
+        )
+        twin._executor, twin.restart_at, twin.captured = self._executor, self.restart_at, self.captured
+        return twin.eval()
+
     @contextmanager
     def recorded(self, *, sparsity: bool = True) -> Iterator[Recorder]:
         """Generations inside this context are followed round by round; the recorder tells of the latest."""
@@ -507,9 +525,9 @@ class OptimizedModel(nn.Module):
 
         Waits for the device once, behind the compaction; more often only where pages run out.
         """
-        held = self.cache.pages_held()
-        sparsity = self._sparsity() if self.recorder is not None and self.recorder.sparsity else None
-        before, seen, on = self._evict(active)
+        held, scores = self.cache.pages_held(), self.cache.scores()
+        sparsity = self._sparsity(scores) if self.recorder is not None and self.recorder.sparsity else None
+        before, seen, on = self._evict(active, scores)
         self._ledger.read(seen, before, held)
         if self.recorder is not None:
             measured = None if sparsity is None else sparsity.double().cpu().numpy()
@@ -531,12 +549,15 @@ class OptimizedModel(nn.Module):
         window = self.policy.observation_window
         self._cleared_at = -1 if window is None else min(window, self._until_round)
 
-    def _evict(self, active: Tensor, limit: Tensor | None = None) -> list[Counts]:
-        """Prune and compact every layer and row; the lengths before, the next positions and `active`, as read back."""
+    def _evict(self, active: Tensor, scores: tuple[Tensor, ...], limit: Tensor | None = None) -> list[Counts]:
+        """Prune and compact every layer and row; the lengths before, the next positions and `active`, as read back.
+
+        `scores` are those of the cache as it is.
+        """
         sets = self._keep_sets
         prompts, following, on_now = map(sets.spread, (self._prompt_lengths, self._next_position, active))
         rows = (prompts, following, on_now)
-        state = RoundState(*self.cache.scores(), self._windows, *rows, key_source=self.cache.keys, heads=sets.heads)
+        state = RoundState(*scores, self._windows, *rows, key_source=self.cache.keys, heads=sets.heads)
         keep = self.policy.round(state, limit)
         if keep is not None and self.on_round:
             self._tell(state, keep)
@@ -545,11 +566,11 @@ class OptimizedModel(nn.Module):
         self._ledger.evicted(before - after, self.cache.pages_for(before) - self.cache.pages_for(after))
         return [before, sets.repeat(seen), sets.repeat(on)]
 
-    def _sparsity(self) -> Tensor | None:
-        """[layers, rows] Hoyer sparsity of the scores as they are; None where the graph keeps none."""
+    def _sparsity(self, scores: tuple[Tensor, ...]) -> Tensor | None:
+        """[layers, rows] Hoyer sparsity of the cache's `scores`; None where the graph keeps none."""
         if not self._scored:
             return None
-        mass, _, length = self.cache.scores()
+        mass, _, length = scores
         return hoyer_sparsity(mass.flatten(0, 1), length.flatten()).view_as(length)
 
     def _tell(self, state: RoundState, keep: Tensor) -> None:
@@ -574,7 +595,8 @@ class OptimizedModel(nn.Module):
                 limit = self.cache.limit(tokens)
                 if (self.cache.lengths > limit).any():
                     self._ledger.pressed += 1
-                    self._evict(active, torch.full(self.cache.lengths.shape, limit, device=self.device))
+                    limits = torch.full(self.cache.lengths.shape, limit, device=self.device)
+                    self._evict(active, self.cache.scores(), limits)
             else:
                 return
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from lethe_compile.errors import InputError
+from lethe_compile.settings import read_toml
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,7 @@ def _check_device(name: str) -> None:
 
 
 def _read_sweep(path: Path) -> Mapping[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"the sweep file {path} cannot be read: {error.strerror}") from error
-    try:
-        values = json.loads(text) if path.suffix == ".json" else _toml(text)
-    except ValueError as error:  # of both parsers; says line and column
-        raise InputError(f"{path}: {error}") from error
+    values = _read_json(path) if path.suffix == ".json" else read_toml(path)
     known = {field.name for field in fields(Options)} - {"out", "no_plots"}
     for name in values:
         if name not in known:
@@ -105,9 +98,10 @@ def _read_sweep(path: Path) -> Mapping[str, Any]:
     return dict(values)
 
 
-def _toml(text: str) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    return tomllib.loads(text)
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # says line and column
+        raise InputError(f"{path}: {error}") from error

@@ -8,6 +8,20 @@
 
 from __future__ import annotations
 
+from lethe_compile.comparison.baseline import write_baseline
+from lethe_compile.comparison.cases import Case, read_prompts, task_cases
 from lethe_compile.comparison.result import Comparison
+from lethe_compile.comparison.run import Progress, compare
+from lethe_compile.comparison.thresholds import Thresholds, read_pyproject
 
-__all__ = ["Comparison"]
+__all__ = [
+    "Case",
+    "Comparison",
+    "Progress",
+    "Thresholds",
+    "compare",
+    "read_prompts",
+    "read_pyproject",
+    "task_cases",
+    "write_baseline",
+]

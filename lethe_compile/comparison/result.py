@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from lethe_compile.comparison.graphs import GraphChange
-from lethe_compile.comparison.metrics import METRICS, Metric
+from lethe_compile.comparison.metrics import Metric
+from lethe_compile.passes.summary import GraphChange
 from lethe_compile.report import _Printable
 
 if TYPE_CHECKING:
@@ -204,8 +203,3 @@ class Comparison(_Printable):
         from lethe_compile.comparison.show import Shown
 
         return Shown(self)
-
-
-def known_metrics() -> Sequence[str]:
-    """Names of all metrics, in order."""
-    return list(METRICS)
