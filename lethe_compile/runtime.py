@@ -443,6 +443,8 @@ class OptimizedModel(nn.Module):
         self._next_position += filled > 0
         self._text = None
         self._ledger.step()
+        if self.recorder is not None:
+            self.recorder.refilled(self._ledger.decoded)
         self._round(filled > 0)
         return logits[:, 0]
 
@@ -509,10 +511,13 @@ class OptimizedModel(nn.Module):
         return twin.eval()
 
     @contextmanager
-    def recorded(self, *, sparsity: bool = True) -> Iterator[Recorder]:
-        """Generations inside this context are followed round by round; the recorder tells of the latest."""
+    def recorded(self, *, sparsity: bool = True, tokens: bool = False) -> Iterator[Recorder]:
+        """Generations inside this context are followed round by round; the recorder tells of the latest.
+
+        With `tokens`, also which tokens each round evicted.
+        """
         before = self.recorder
-        self.recorder = Recorder(self._token_bytes, self.page_size, self._keep_sets, sparsity)
+        self.recorder = Recorder(self._token_bytes, self.page_size, self._keep_sets, sparsity, tokens)
         try:
             yield self.recorder
         finally:
@@ -531,7 +536,8 @@ class OptimizedModel(nn.Module):
         self._ledger.read(seen, before, held)
         if self.recorder is not None:
             measured = None if sparsity is None else sparsity.double().cpu().numpy()
-            self.recorder.round(Sample(self._ledger.decoded, on > 0, before, self.cache.lengths.copy(), measured))
+            after, threshold = self.cache.lengths.copy(), self.policy.thresholds.cpu().numpy()
+            self.recorder.round(Sample(self._ledger.decoded, on > 0, before, after, measured, seen, threshold))
         self._live = on
         self.cache.free_rows(np.flatnonzero((on == 0) & self.cache.pages_held().any(0)).tolist())
         self._until_round = self.config.interval
@@ -561,6 +567,8 @@ class OptimizedModel(nn.Module):
         keep = self.policy.round(state, limit)
         if keep is not None and self.on_round:
             self._tell(state, keep)
+        if keep is not None and self.recorder is not None and self.recorder.tokens:
+            self.recorder.evicted(self._ledger.decoded, state.position, keep)
         before, seen, on = self.cache.compact(keep, self._next_position, active)
         after = self.cache.lengths
         self._ledger.evicted(before - after, self.cache.pages_for(before) - self.cache.pages_for(after))
