@@ -79,7 +79,7 @@ class Recorder:
 
     def begin(self, prompts: Counts, lengths: Counts, held: Counts) -> None:
         """A generation starts, with `prompts` [R] tokens: tokens and pages [L, R] after the prefill."""
-        self.samples, self.evictions, self.refills = [], [], []
+        self._forget(prompts)
         self._seen = self.sets.one(prompts)
         self._steps = (self._seen > 0).astype(np.int64)
         self._kv_peak, self._pool_peak = self._kv(lengths), self._pool(held)
@@ -110,6 +110,10 @@ class Recorder:
     def _pool(self, pages: Counts) -> Counts:
         return self._kv(pages * self.page_size)
 
+    def _forget(self, prompts: Counts) -> None:
+        """Of the rounds before."""
+        self.samples, self.evictions, self.refills = [], [], []
+
     def round(self, sample: Sample) -> None:
         """A round has ended."""
         self.samples.append(sample)
@@ -120,7 +124,11 @@ class Recorder:
         layer, row, slot = gone.nonzero(as_tuple=True)
         found = torch.stack([layer, row, position[layer, row, slot].long()]).int().cpu().numpy()
         if found.shape[1]:
-            self.evictions.append(Eviction(step, *found))
+            self.dropped(Eviction(step, *found))
+
+    def dropped(self, eviction: Eviction) -> None:
+        """A round has dropped some tokens."""
+        self.evictions.append(eviction)
 
     def refilled(self, step: int) -> None:
         """The cache was filled anew after `step` decode steps, with all that was evicted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from lethe_compile.policies.base import NEVER, Policy, RoundState
 from lethe_compile.policies.full import FullPolicy
 from lethe_compile.prompt import check_ids
 from lethe_compile.recorder import Recorder, Sample
+from lethe_compile.recorder_stream import StreamRecorder
 from lethe_compile.report import CacheStats, Report
 from lethe_compile.restart import Text, text_of
 from lethe_compile.states import States
@@ -511,17 +513,23 @@ class OptimizedModel(nn.Module):
         return twin.eval()
 
     @contextmanager
-    def recorded(self, *, sparsity: bool = True, tokens: bool = False) -> Iterator[Recorder]:
+    def recorded(
+        self, *, sparsity: bool = True, tokens: bool = False, path: str | Path | None = None
+    ) -> Iterator[Recorder]:
         """Generations inside this context are followed round by round; the recorder tells of the latest.
 
-        With `tokens`, also which tokens each round evicted.
+        With `tokens`, also which tokens each round evicted. With `path`, rounds go to that file and none is held in
+        memory; `recorder_stream.load_recorder` reads them back.
         """
-        before = self.recorder
-        self.recorder = Recorder(self._token_bytes, self.page_size, self._keep_sets, sparsity, tokens)
+        before, given = self.recorder, (self._token_bytes, self.page_size, self._keep_sets, sparsity, tokens)
+        stream = None if path is None else StreamRecorder(Path(path), *given)
+        self.recorder = stream or Recorder(*given)
         try:
             yield self.recorder
         finally:
             self.recorder = before
+            if stream is not None:
+                stream.close()
 
     # ---------------------------------------------------------------------------------------------------------- rounds
 

@@ -10,10 +10,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lethe_compile.errors import InputError
 from lethe_compile.settings import read_toml
+from lethe_compile.tools._devices import check_device, default_device
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ def read_options(namespace: argparse.Namespace) -> Options:
     """Raises `InputError` for a sweep file that cannot be read, or a value that is not allowed; names it."""
     given = {name: value for name, value in vars(namespace).items() if value is not None and name != "sweep"}
     sweep = {} if namespace.sweep is None else _read_sweep(namespace.sweep)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    values = {**_DEFAULTS, "device": device, **sweep, **given}
+    values = {**_DEFAULTS, "device": default_device(), **sweep, **given}
     if "model" not in values:
         raise InputError("name a MODEL, on the command line or in the sweep file")
     for name, least in (("problems", 1), ("processes", 1), ("threads", 1), ("pack", 1)):
@@ -74,17 +72,8 @@ def read_options(namespace: argparse.Namespace) -> Options:
         raise InputError(f"time_limit={values['time_limit']!r} is not allowed: must be a number of seconds above 0")
     if values["temperature"] < 0 or not 0 < values["top_p"] <= 1:
         raise InputError("temperature must be 0 or more, and top_p in (0, 1]")
-    _check_device(values["device"])
+    check_device(values["device"])
     return Options(**values)
-
-
-def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"{name!r} is not a device: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name!r}: torch sees no CUDA GPU")
 
 
 def _read_sweep(path: Path) -> Mapping[str, Any]:

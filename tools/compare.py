@@ -8,6 +8,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":  # as a script its folder leads sys.path, where `evaluate` would pass for the package
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
+
 from lethe_compile.errors import InputError, LetheError
 from lethe_compile.tools import _models, _policies
 

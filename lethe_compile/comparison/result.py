@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from lethe_compile.comparison.metrics import Metric
@@ -191,6 +192,10 @@ class Comparison(_Printable):
                 return one.value
         raise KeyError(f"{name!r} was not measured: {', '.join(one.metric.name for one in self.metrics)} were")
 
+    def worst_first(self) -> list[PromptResult]:
+        """The prompts by what pruning costs them: a right answer first, then KL, then an early divergence."""
+        return sorted(self.prompts, key=_cost, reverse=True)
+
     def with_baseline(self, baseline: BaselineCheck | None) -> Comparison:
         return replace(self, baseline=baseline)
 
@@ -203,3 +208,11 @@ class Comparison(_Printable):
         from lethe_compile.comparison.show import Shown
 
         return Shown(self)
+
+
+def _cost(one: PromptResult) -> tuple[float, float, float]:
+    lost, step = 0.0, None
+    if one.free is not None:
+        lost = (one.free.unpruned.score or 0.0) - (one.free.pruned.score or 0.0)
+        step = one.free.first_divergence
+    return lost, one.forced.kl if one.forced is not None else 0.0, -inf if step is None else -step

@@ -62,7 +62,7 @@ class Shown:
 
     def _prompts(self, width: int) -> RenderableType:
         wide = width >= _WIDE
-        ordered = sorted(self._of.prompts, key=_badness, reverse=True)
+        ordered = self._of.worst_first()
         shown = ordered[:_PROMPTS]
         rest = len(ordered) - len(shown)
         table = _table(f"prompts, worst first{f'; {rest} more are in --json' if rest else ''}", first="prompt")
@@ -74,7 +74,7 @@ class Shown:
         if wide:
             table.add_column("text", overflow="ellipsis", no_wrap=True, ratio=1)
         for one in shown:
-            table.add_row(_short(one), *_prompt_cells(one, wide), *([Text(one.text, "dim")] if wide else []))
+            table.add_row(Text(one.id), *_prompt_cells(one, wide), *([Text(one.text, "dim")] if wide else []))
         return table
 
     def _graph(self) -> RenderableType:
@@ -144,21 +144,6 @@ def _worst(one: Measured) -> Text:
     if one.worst is None:
         return Text("")
     return Text(f"{one.metric.show(one.worst.value)}  {one.worst.id}", "dim")
-
-
-def _badness(one: PromptResult) -> tuple[float, float]:
-    lost = 0.0
-    if one.free is not None and one.free.unpruned.score is not None:
-        lost = one.free.unpruned.score - (one.free.pruned.score or 0.0)
-    return lost, one.forced.kl if one.forced is not None else -float(_diverged(one) or 1e18)
-
-
-def _diverged(one: PromptResult) -> int | None:
-    return None if one.free is None else one.free.first_divergence
-
-
-def _short(one: PromptResult) -> Text:
-    return Text(one.id)
 
 
 def _prompt_cells(one: PromptResult, wide: bool) -> list[Any]:
