@@ -149,7 +149,7 @@ def _worst(one: Measured) -> Text:
 def _prompt_cells(one: PromptResult, wide: bool) -> list[Any]:
     cells: list[Any] = [f"{one.prompt_tokens:,}"]
     if one.forced is not None:
-        cells += [f"{one.forced.kl:.3g}", f"{100 * one.forced.top1:.1f}%"]
+        cells += [f"{one.forced.kl:.3g}", f"{100 * one.forced.top1:.2f}%"]
     if one.free is not None:
         left, right = one.free.unpruned, one.free.pruned
         step = one.free.first_divergence
