@@ -111,6 +111,7 @@ def test_heads_that_keep_their_own_tokens() -> None:
     assert one.prompts[0].free is not None and list(one.prompts[0].free.unpruned.tokens) == whole
 
 
+@pytest.mark.slow
 def test_an_artifact_is_as_the_graph_it_came_from(
     fast: OptimizedModel, compared: lethe.Comparison, tmp_path: Path
 ) -> None:
