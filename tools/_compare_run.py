@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from lethe_compile.api import optimize
+from lethe_compile.artifact import load_manifest
 from lethe_compile.comparison import (
     Case,
     Comparison,
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     config = _config(options)
     _check(options)
     console, errors = Console(), Console(stderr=True)
-    tokenizer = _models.load_tokenizer(options.tokenizer or options.model)
+    tokenizer = _tokenizer(options)
     cases = _cases(options, tokenizer)
     forced, free = options.only != "free", options.only != "forced"
     evicts = options.artifact is not None or config.policy != FullPolicy.name
@@ -70,11 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _limits(options: argparse.Namespace) -> tuple[Thresholds, dict[str, float]]:
     """Limits and tolerances: flags, else pyproject.toml."""
-    given = {field.name: getattr(options, field.name) for field in fields(Thresholds)}
-    try:
-        flags = Thresholds(**given)
-    except ConfigError as error:
-        raise ConfigError(f"flags: {error}") from error
+    flags = Thresholds(**{field.name: getattr(options, field.name) for field in fields(Thresholds)})
     stored, tolerance = read_pyproject(Path.cwd())
     return flags.or_else(stored), {**tolerance, **_tolerance(options.tolerance)}
 
@@ -114,10 +111,22 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("problems", "max_new_tokens", "batch_size", "repeats"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+    if options.artifact is not None:
+        load_manifest(options.artifact, verify=False)
     for name in ("json", "junit", "html", "baseline"):
         path = getattr(options, name)
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"--{name} {path}: there is no directory {path.absolute().parent}")
+
+
+def _tokenizer(options: argparse.Namespace) -> Any:
+    """The tokenizer, None where MODEL has none: prompts of token ids need none, and others say that they do."""
+    if options.tokenizer is not None:
+        return _models.load_tokenizer(options.tokenizer)
+    try:
+        return _models.load_tokenizer(options.model)
+    except InputError:
+        return None
 
 
 def _cases(options: argparse.Namespace, tokenizer: Any) -> list[Case]:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return _compare_run.run(options)
     except LetheError as error:
-        _tell_junit(options.junit, str(error))
+        _tell_junit(options.junit, " ".join(str(error).split()))
         raise InputError(str(error)) from error  # a missing package, too, is 2 here
     except Exception as error:
         _tell_junit(options.junit, f"{type(error).__name__}: {error}")
