@@ -140,7 +140,7 @@ def _take(recorder: Recorder, line: dict[str, Any]) -> None:
 
 
 def _sample(one: dict[str, Any]) -> Sample:
-    counts = {name: np.array(one[name], np.int64) for name in ("before", "after")}
-    known = {name: None if one[name] is None else np.array(one[name], np.int64) for name in ("seen", "threshold")}
+    before, after = (np.array(one[name], np.int64) for name in ("before", "after"))
+    seen, threshold = (None if one[name] is None else np.array(one[name], np.int64) for name in ("seen", "threshold"))
     sparsity = None if one["sparsity"] is None else np.array(one["sparsity"], np.float64)
-    return Sample(one["step"], np.array(one["active"], np.bool_), sparsity=sparsity, **counts, **known)
+    return Sample(one["step"], np.array(one["active"], np.bool_), before, after, sparsity, seen, threshold)

@@ -40,6 +40,7 @@ from lethe_compile.states import States
 if TYPE_CHECKING:
     from lethe_compile.hf import LetheForCausalLM
 
+Scores = tuple[Tensor, Tensor, Tensor]  # masses, positions, lengths: see `KVCache.scores`
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _ATTEMPTS = 4  # to reserve pages; each but the first after a round that prunes harder
 
@@ -563,7 +564,7 @@ class OptimizedModel(nn.Module):
         window = self.policy.observation_window
         self._cleared_at = -1 if window is None else min(window, self._until_round)
 
-    def _evict(self, active: Tensor, scores: tuple[Tensor, ...], limit: Tensor | None = None) -> list[Counts]:
+    def _evict(self, active: Tensor, scores: Scores, limit: Tensor | None = None) -> list[Counts]:
         """Prune and compact every layer and row; the lengths before, the next positions and `active`, as read back.
 
         `scores` are those of the cache as it is.
@@ -582,7 +583,7 @@ class OptimizedModel(nn.Module):
         self._ledger.evicted(before - after, self.cache.pages_for(before) - self.cache.pages_for(after))
         return [before, sets.repeat(seen), sets.repeat(on)]
 
-    def _sparsity(self, scores: tuple[Tensor, ...]) -> Tensor | None:
+    def _sparsity(self, scores: Scores) -> Tensor | None:
         """[layers, rows] Hoyer sparsity of the cache's `scores`; None where the graph keeps none."""
         if not self._scored:
             return None

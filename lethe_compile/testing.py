@@ -96,4 +96,4 @@ def failure_message(comparison: Comparison) -> str:
         console.print(f"- {line}", soft_wrap=True, markup=False)
     assert isinstance(console.file, io.StringIO)
     head = f"pruning changes {comparison.facts['model']} by more than is allowed ({len(failures)} failed)"
-    return f"{head}\n{console.file.getvalue().rstrip()}"
+    return "\n".join([head, *(line.rstrip() for line in console.file.getvalue().splitlines() if line.strip())])

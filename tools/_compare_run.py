@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     cases = _cases(options, tokenizer)
     forced, free = options.only != "free", options.only != "forced"
     evicts = options.artifact is not None or config.policy != FullPolicy.name
-    limits.check(forced=forced, free=free, graded=any(case.task for case in cases), evicts=evicts)
+    limits.check(forced=forced, free=free, graded=any(case.grader for case in cases), evicts=evicts)
     with _bar(errors) as bar:
         line = bar.add_task(f"loading {options.model}", total=None)
         fast = _optimize(options, config, lambda text: bar.update(line, description=text))
@@ -148,7 +148,7 @@ def _optimize(options: argparse.Namespace, config: LetheConfig, say: Any) -> Opt
 
 def _bar(console: Console) -> Bar:
     columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
-    return Bar(*columns, console=console, transient=True)
+    return Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 # ------------------------------------------------------------------------------------------------------------- outputs

@@ -36,12 +36,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class TextAnswers:
-    """Exact match, white space and a full stop at the end apart. Of `evaluation.Task`, the half that grades."""
-
-    name: str = "prompts"
-
-    def problems(self, n: int, seed: int, tokenizer: Any) -> list[Problem]:
-        return []  # they come from a file
+    """Exact match, white space and a full stop at the end apart."""
 
     def grade(self, problem: Problem, tokens: list[int], tokenizer: Any) -> Grade:
         answer: Answer = problem.reference

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lethe_compile.comparison.answers import Answer, TextAnswers
 from lethe_compile.errors import InputError
-from lethe_compile.evaluation.problems import Problem, Task
+from lethe_compile.evaluation.problems import Grader, Problem, Task
 
 MAX_NEW_TOKENS = 256
 _SHOWN = 60  # characters of a prompt in tables
@@ -33,7 +33,7 @@ class Case:
     """
 
     problem: Problem
-    task: Task | None = None
+    grader: Grader | None = None
     completion: tuple[int, ...] = ()
     where: str = ""
     text: str = ""
@@ -113,8 +113,8 @@ def make_case(given: Any, where: str, tokenizer: Any, max_new_tokens: int, name:
         raise InputError(f"{where}: max_new_tokens={limit!r} is not allowed: must be a whole number from 1 on")
     answer = _answer(values, where, tokenizer)
     problem = Problem(str(values.get("id", name or where)), ids, limit, answer, "prompts")
-    task = None if answer is None else TextAnswers()
-    return Case(problem, task, completion, where, _text(values, ids, tokenizer))
+    grader = None if answer is None else TextAnswers()
+    return Case(problem, grader, completion, where, _text(values, ids, tokenizer))
 
 
 def check_cases(

@@ -41,8 +41,8 @@ def force(
     with ExitStack() as stack:
         logits = [_begin(stack, one, prompts, steps) for one in (reference, candidate)]
         for step in range(steps):
-            both = [one.to(reference.device) for one in logits]
-            figures[:, step], same[step] = _compare(*both, target[:, step])
+            left, right = (one.to(reference.device) for one in logits)
+            figures[:, step], same[step] = _compare(left, right, target[:, step])
             advance(int((step < counts).sum()))
             if step + 1 < steps:
                 token, active = target[:, step], step + 1 < counts

@@ -106,7 +106,7 @@ class ArtifactWriter:
 
 
 def make_side(case: Case, tokens: list[int], end: frozenset[int], kv_mean: float, kv_peak: int, tokenizer: Any) -> Side:
-    """One row, graded by its task, if it has one."""
-    grade = None if case.task is None else case.task.grade(case.problem, tokens, tokenizer)
+    """One row, graded if anything grades it."""
+    grade = None if case.grader is None else case.grader.grade(case.problem, tokens, tokenizer)
     score, answer = (None, "") if grade is None else (grade.score, grade.answer)
     return Side(tuple(tokens), bool(tokens) and tokens[-1] in end, kv_mean, kv_peak, score, answer)

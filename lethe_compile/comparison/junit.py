@@ -70,7 +70,7 @@ def _case(name: str, failure: str | None) -> ET.Element:
 
 def _write(path: Path, cases: list[ET.Element], seconds: float) -> None:
     counts = {f"{kind}s": str(sum(case.find(kind) is not None for case in cases)) for kind in ("failure", "error")}
-    suite = ET.Element("testsuite", name=_SUITE, tests=str(len(cases)), time=f"{seconds:.3f}", **counts)
+    suite = ET.Element("testsuite", {"name": _SUITE, "tests": str(len(cases)), "time": f"{seconds:.3f}", **counts})
     suite.extend(cases)
     root = ET.Element("testsuites")
     root.append(suite)

@@ -51,7 +51,7 @@ def _by_step(all_forced: Sequence[Forced]) -> dict[str, list[float]] | None:
     longest = max(one.steps for one in all_forced)
     sums = np.zeros((3, longest))  # of KL, of agreement, and how many prompts got so far
     for one in all_forced:
-        sums[:, : one.steps] += one.kl_of_step, one.top1_of_step, np.ones(one.steps)
+        sums[:, : one.steps] += np.array([one.kl_of_step, one.top1_of_step, np.ones(one.steps)], np.float64)
     edges = _edges(longest)
     kl, top1, count = np.add.reduceat(sums, edges, axis=1)
     widest = np.maximum.reduceat(sums[2], edges)

@@ -114,7 +114,7 @@ def compare(
     limits = thresholds or Thresholds()
     cases = as_cases(prompts, tokenizer, max_new_tokens)
     recorded = None if baseline is None else read_baseline(Path(baseline), digest(cases))
-    graded = any(case.task is not None for case in cases)
+    graded = any(case.grader is not None for case in cases)
     wanted = config or (model.config if isinstance(model, OptimizedModel) else LetheConfig())
     evicts = artifact is not None or wanted.policy != FullPolicy.name
     limits.check(forced=forced, free=free, graded=graded, evicts=evicts)

@@ -43,7 +43,7 @@ def _forced(rows: Sequence[tuple[PromptResult, Forced]]) -> list[Measured]:
         _measured("kl_max", float(kl.max()), worst=_worst("kl_max", rows, lambda f: f.kl_max)),
         _measured("top1", float(agreed.mean()), worst=_worst("top1", rows, lambda f: f.top1)),
         _measured(
-            "ppl_increase", _increase(nll[0], nll[1]), _exp(nll[0]), _exp(nll[1]),
+            "ppl_increase", _increase(nll[0], nll[1]), [_exp(nll[0]), _exp(nll[1])],
             _worst("ppl_increase", rows, lambda f: _increase(*f.nll)),
         ),
     ]  # fmt: skip
@@ -64,10 +64,10 @@ def _free(rows: Sequence[tuple[PromptResult, Free]], seconds: tuple[float, float
     found = [
         _measured("same_outputs", 1 - len(diverged) / len(rows)),
         _measured(
-            "length_ratio", tokens[1] / tokens[0], tokens[0] / len(rows), tokens[1] / len(rows),
+            "length_ratio", tokens[1] / tokens[0], [count / len(rows) for count in tokens],
             _worst("length_ratio", rows, lambda f: len(f.pruned.tokens) / len(f.unpruned.tokens)),
         ),
-        _measured("terminated_drop", ended[0] - ended[1], *ended),
+        _measured("terminated_drop", ended[0] - ended[1], ended),
         *_bytes(rows),
     ]  # fmt: skip
     if diverged:
@@ -78,10 +78,10 @@ def _free(rows: Sequence[tuple[PromptResult, Free]], seconds: tuple[float, float
     if graded:
         scores = [fmean(side.score or 0.0 for side in sides) for sides in _sides(graded)]
         worst = _worst("accuracy_drop", graded, lambda f: (f.unpruned.score or 0.0) - (f.pruned.score or 0.0))
-        found.append(_measured("accuracy_drop", scores[0] - scores[1], *scores, worst))
+        found.append(_measured("accuracy_drop", scores[0] - scores[1], scores, worst))
     if seconds is not None:
         speed = [count / max(took, 1e-9) for count, took in zip(tokens, seconds, strict=True)]
-        found.append(_measured("speedup", speed[1] / speed[0], *speed))
+        found.append(_measured("speedup", speed[1] / speed[0], speed))
     return found
 
 
@@ -93,10 +93,10 @@ def _bytes(rows: Sequence[tuple[PromptResult, Free]]) -> list[Measured]:
         return free.pruned.kv_mean / free.unpruned.kv_mean
 
     return [
-        _measured("memory_saving", 1 - mean[1] / mean[0], *mean, _worst("memory_saving", rows, lambda f: 1 - ratio(f))),
-        _measured("kv_mean_ratio", mean[1] / mean[0], *mean, _worst("kv_mean_ratio", rows, ratio)),
+        _measured("memory_saving", 1 - mean[1] / mean[0], mean, _worst("memory_saving", rows, lambda f: 1 - ratio(f))),
+        _measured("kv_mean_ratio", mean[1] / mean[0], mean, _worst("kv_mean_ratio", rows, ratio)),
         _measured(
-            "kv_peak_ratio", peak[1] / peak[0], *peak,
+            "kv_peak_ratio", peak[1] / peak[0], peak,
             _worst("kv_peak_ratio", rows, lambda f: f.pruned.kv_peak / f.unpruned.kv_peak),
         ),
     ]  # fmt: skip
@@ -109,10 +109,11 @@ def _sides(rows: Sequence[tuple[PromptResult, Free]]) -> list[list[Side]]:
 def _measured(
     name: str,
     value: float,
-    unpruned: float | None = None,
-    pruned: float | None = None,
+    both: Sequence[float] | None = None,
     worst: Worst | None = None,
 ) -> Measured:
+    """`both` are the figures of the unpruned and of the pruned side."""
+    unpruned, pruned = both or (None, None)
     return Measured(METRICS[name], value, unpruned, pruned, worst)
 
 

@@ -49,12 +49,12 @@ def test_a_file_says_prompts_in_three_ways(tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": "x"}], "answer": 3, "max_new_tokens": 4},
     )
     one, two, three, four = read_prompts(file, Chat(), 12)
-    assert one.problem == Problem("p.jsonl:1", (1, 97, 98), 12, None, "prompts") and one.task is None
+    assert one.problem == Problem("p.jsonl:1", (1, 97, 98), 12, None, "prompts") and one.grader is None
     assert (two.problem.id, two.completion, two.where, two.text) == ("mine", (99, 100), f"{file}:3", "ab")
     assert two.problem.max_new_tokens == 2, "a completion is all that is asked for"
     assert (three.problem.prompt, three.completion, three.problem.max_new_tokens) == ((5, 6), (7, 8, 9), 20)
     assert Letters().decode(list(four.problem.prompt)) == "user:x|" and four.problem.reference == Answer(("3",))
-    assert isinstance(four.task, TextAnswers)
+    assert isinstance(four.grader, TextAnswers)
 
 
 @pytest.mark.parametrize(
