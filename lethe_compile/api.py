@@ -13,11 +13,11 @@ from lethe_compile.capture import capture
 from lethe_compile.capture.causality import causality_told
 from lethe_compile.config import LetheConfig
 from lethe_compile.executor import choose_backend, waits_for_host, warm_up_compiler
+from lethe_compile.inspection import GraphFacts
 from lethe_compile.memory import check_kv_memory
 from lethe_compile.passes import pipeline
 from lethe_compile.passes.base import run_pipeline
 from lethe_compile.passes.limits import max_positions, vocab_size
-from lethe_compile.passes.summary import GraphSummary
 from lethe_compile.policies import make_policy
 from lethe_compile.runtime import OptimizedModel
 from lethe_compile.verify import verify
@@ -72,7 +72,7 @@ def optimize(
     if backend != "eager" and isinstance(model, nn.Module) and any(weight.is_cuda for weight in model.parameters()):
         warm_up_compiler()
     captured = capture(model, example_inputs)
-    before = GraphSummary.of(captured.program.graph)
+    before = GraphFacts.of(captured.program)
     device = captured.program.device
     own_cache = captured.program.step is not None
     options = {"fuse": device.type == "cuda", "own_cache": own_cache, "latent": config.cache_latent}

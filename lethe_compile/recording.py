@@ -6,7 +6,7 @@ A `Recorder` listens; `make_recording` joins what it heard with the text. In JSO
     format        "lethe-recording/1"
     model         its name
     config        `LetheConfig.to_dict()`
-    layers        [L] {layer, name, token_bytes}
+    layers        [L] {layer, name, token_bytes, heads}: bytes of a token in all of its 1 .. H heads
     heads         H
     sequences     [N] {prompt, tokens}: tokens of the prompt, and the text of each token
     rounds        [S] {step, active [N], seen [N], before, after, sparsity, threshold: [L][N * H], null where unknown}
@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 
 FORMAT = "lethe-recording/1"
 _KEYS = ("config", "layers", "heads", "sequences", "rounds", "segments")
+_PARTS = {
+    "layers": ("layer", "name", "token_bytes", "heads"),
+    "sequences": ("prompt", "tokens"),
+    "rounds": ("step", "active", "seen", "before", "after", "sparsity", "threshold"),
+    "segments": ("step", "evicted"),
+}
 
 
 def make_recording(
@@ -67,8 +73,8 @@ def make_recording(
         "model": model,
         "config": fast.config.to_dict(),
         "layers": [
-            {"layer": site.layer, "name": site.name, "token_bytes": int(size)}
-            for site, size in zip(fast.caches, token_bytes, strict=True)
+            {"layer": site.layer, "name": site.name, "token_bytes": int(size), "heads": int(heads)}
+            for site, size, heads in zip(fast.caches, token_bytes, recorder.sets.of_layer, strict=True)
         ],
         "heads": recorder.sets.heads,
         "sequences": [
@@ -182,6 +188,15 @@ def check_recording(recording: Any, name: str = "recording") -> None:
         raise InputError(f"{name} is no recording: its format is {found!r}, not {FORMAT!r}")
     if missing := [key for key in _KEYS if key not in recording]:
         raise InputError(f"{name} is incomplete: it lacks {', '.join(missing)}")
+    lacking = {
+        f"{key}[{index}].{part}"
+        for key, names in _PARTS.items()
+        for index, one in enumerate(recording[key])
+        for part in names
+        if part not in one
+    }
+    if lacking:
+        raise InputError(f"{name} is incomplete: it lacks {', '.join(sorted(lacking)[:5])}")
     layers, rows = len(recording["layers"]), len(recording["sequences"]) * recording["heads"]
     for index, one in enumerate(recording["rounds"]):
         if len(one["after"]) != layers or any(len(of) != rows for of in one["after"]):

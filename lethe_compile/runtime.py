@@ -17,6 +17,7 @@ from lethe_compile.cache import Geometry, KVCache
 from lethe_compile.config import LetheConfig
 from lethe_compile.errors import ConfigError, InputError, OutOfPagesError
 from lethe_compile.executor import DecodeGraph, Executor
+from lethe_compile.inspection import GraphFacts, Inspection
 from lethe_compile.keep_sets import KeepSets
 from lethe_compile.kernels.ops import hoyer_sparsity
 from lethe_compile.ledger import Counts, Ledger
@@ -25,7 +26,6 @@ from lethe_compile.observation import fill_observed
 from lethe_compile.passes.base import PassRecord
 from lethe_compile.passes.insert_attention import set_score
 from lethe_compile.passes.program import Program
-from lethe_compile.passes.summary import GraphSummary
 from lethe_compile.past import Past
 from lethe_compile.policies import make_policy
 from lethe_compile.policies.base import NEVER, Policy, RoundState
@@ -75,7 +75,7 @@ class OptimizedModel(nn.Module):
         vocab_size, max_positions: limits on inputs; `max_positions` is None where the model has none.
         restart_at: tokens beyond which a generation computes all keys and values anew, once, as transformers does where
             rotary frequencies change with the length; None where they do not.
-        captured: what the graph was like before the passes; None where nobody noted it.
+        captured: the graph before the passes, as `optimize` saw it; None where nobody noted it.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class OptimizedModel(nn.Module):
         self.kv_memory: int | float | None = None
         self._allowed_by: int | float | None = None  # the `kv_memory` behind `cache.max_bytes`
         self.restart_at: int | None = None
-        self.captured: GraphSummary | None = None
+        self.captured: GraphFacts | None = None
         self.on_round: list[Callable[[Round], None]] = []
         self.recorder: Recorder | None = None
         self.give_way: Callable[[], object] | None = None
@@ -669,6 +669,10 @@ class OptimizedModel(nn.Module):
         """What the compiler found, rewrote and refused; prints as a table, `to_dict` gives JSON."""
         where = (self._dtype, self._device, self.backend, self.page_size)
         return Report.of(self._records, self.sites, self.stateful, self.config, *where)
+
+    def inspection(self, model: str = "") -> Inspection:
+        """The graph as it was captured and as it is now, with `report`, under the name `model`; prints, and dumps."""
+        return Inspection(model, self.captured, tuple(self._records), GraphFacts.of(self._program), self.report())
 
     def cache_stats(self) -> CacheStats:
         """Per layer and sequence: tokens seen and retained, rounds, threshold, Hoyer sparsity, bytes held and freed.

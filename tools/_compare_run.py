@@ -204,7 +204,8 @@ def _write_html(path: Path, comparison: Comparison, fast: OptimizedModel, cases:
     if fast.policy.name != FullPolicy.name:
         worst = comparison.worst_first()[0].id
         recording = _record(fast, next(case for case in cases if case.problem.id == worst), tokenizer, comparison)
-    write_report(path, comparison=comparison.to_dict(), recording=recording)
+    graph = fast.inspection(comparison.facts["model"]).to_dict()
+    write_report(path, comparison=comparison.to_dict(), recording=recording, graph=graph)
 
 
 def _record(fast: OptimizedModel, case: Case, tokenizer: Any, comparison: Comparison) -> dict[str, Any]:

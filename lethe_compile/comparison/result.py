@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lethe_compile.comparison.metrics import Metric
 from lethe_compile.passes.summary import GraphChange
-from lethe_compile.report import _Printable
+from lethe_compile.printing import Printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -137,7 +137,7 @@ class BaselineCheck:
 
 
 @dataclass(frozen=True)
-class Comparison(_Printable):
+class Comparison(Printable):
     """The pruned graph beside the unpruned one, on the same prompts. Prints as tables; `passed` is the verdict.
 
     `to_dict` gives, JSON-ready, with null for what was not measured and for numbers that are not finite::

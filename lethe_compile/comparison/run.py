@@ -238,10 +238,11 @@ def _expected(case: Case) -> int:
 
 
 def _graph(fast: OptimizedModel, runner: Runner | None) -> GraphChange | None:
+    before = None if fast.captured is None else fast.captured.summary
     if runner is not None:
-        return artifact_graph(runner.manifest, fast.captured)
+        return artifact_graph(runner.manifest, before)
     after = GraphSummary.of(fast.program.graph)
-    return GraphChange(fast.captured, after, len(fast.sites), unexpected_ops(fast.program, fast.captured))
+    return GraphChange(before, after, len(fast.sites), unexpected_ops(fast.program, before))
 
 
 def _facts(work: _Work, name: str, seconds: float) -> dict[str, Any]:

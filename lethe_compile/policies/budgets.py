@@ -105,9 +105,11 @@ class Caps:
         share = self.config.budget
         assert isinstance(share, float)
         seen = state.next_position + self.config.interval  # [R]
-        full = torch.minimum(seen, state.window_sizes()) * self._costs(seen)  # [L, R]
-        floor = self.config.cap_floor * sum(self._cost)
-        return (full.sum(0).double() * share).floor().long().clamp(min=floor)
+        costs, windows = self._costs(seen), state.window_sizes()
+        full = torch.minimum(seen, windows) * costs  # [L, R]
+        protected = torch.minimum(state.prompt_length * self.config.protect_prompt, windows)  # [L, R]
+        least = ((protected + self.config.cap_floor) * costs).sum(0)
+        return torch.maximum((full.sum(0).double() * share).floor().long(), least)
 
 
 def share_budget(budget: Tensor | int, weight: Tensor, floor: int, cost: Tensor | None = None) -> Tensor:

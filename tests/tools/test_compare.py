@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
 
-from lethe_compile import api, cli
+from lethe_compile import api, cli, viewer
 from lethe_compile.models.tiny import tiny
 
 MODEL = "lethe_compile.models.tiny:llama"
@@ -100,16 +99,22 @@ def test_a_baseline_is_recorded_and_held_against(lethe: Lethe, capsys: pytest.Ca
 
 @pytest.mark.usefixtures("compiled")
 def test_the_report_gets_the_worst_prompt(lethe: Lethe, monkeypatch: pytest.MonkeyPatch) -> None:
-    got: list[tuple[object, ...]] = []
+    got: list[dict[str, Any]] = []
+    write = viewer.write_report
 
-    def write_report(path: Path, *, comparison: dict[str, object], recording: dict[str, object]) -> None:
-        got.append((path, comparison, recording))
+    def write_report(path: Path, **parts: Any) -> Path:
+        got.append(parts)
+        return write(path, **parts)
 
-    monkeypatch.setitem(sys.modules, "lethe_compile.viewer", SimpleNamespace(write_report=write_report))
+    monkeypatch.setattr(viewer, "write_report", write_report)
     assert lethe(*PRUNED, "--html", "out.html", "--json", "out.json", "--quiet") == 0
-    ((path, comparison, recording),) = got
+    ((comparison, recording, graph),) = [one.values() for one in got]
     values = json.loads(Path("out.json").read_text())
-    assert path == Path("out.html") and json.loads(json.dumps(comparison)) == values
+    assert json.loads(json.dumps(comparison)) == values
+    assert re.findall(r'<section id="([a-z]+)"', Path("out.html").read_text()) == [
+        *("comparison", "cache", "rounds", "text", "graph")
+    ]
+    assert len(graph["layers"]) == graph["captured"]["summary"]["ops"]["lethe::attention_site"]
     worst = max(values["prompts"], key=lambda one: one["forced"]["kl"])
     assert recording["model"] == f"{MODEL}, {worst['id']}" and recording["format"] == "lethe-recording/1"
     assert len(recording["sequences"][0]["tokens"]) == worst["prompt_tokens"] + 30
