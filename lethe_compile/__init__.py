@@ -24,6 +24,7 @@ from lethe_compile.errors import (
 
 if TYPE_CHECKING:
     from lethe_compile.api import optimize
+    from lethe_compile.comparison import Comparison, Thresholds, compare
     from lethe_compile.exporters import export
     from lethe_compile.runtime import OptimizedModel
 
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",
+    "Comparison",
     "ConfigError",
     "InputError",
     "LetheConfig",
@@ -45,13 +47,18 @@ __all__ = [
     "MissingPackageError",
     "OptimizedModel",
     "OutOfPagesError",
+    "Thresholds",
     "UnsupportedGraphError",
     "VerificationError",
+    "compare",
     "export",
     "optimize",
 ]
 
 _LATE = {
+    "Comparison": "lethe_compile.comparison",
+    "Thresholds": "lethe_compile.comparison",
+    "compare": "lethe_compile.comparison",
     "OptimizedModel": "lethe_compile.runtime",
     "export": "lethe_compile.exporters",
     "optimize": "lethe_compile.api",

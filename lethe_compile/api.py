@@ -16,6 +16,7 @@ from lethe_compile.config import LetheConfig
 from lethe_compile.distributed import Ranks, ranks_of, weights_of
 from lethe_compile.errors import InputError
 from lethe_compile.executor import choose_backend, waits_for_host, warm_up_compiler
+from lethe_compile.inspection import GraphFacts
 from lethe_compile.memory import check_kv_memory
 from lethe_compile.passes import pipeline
 from lethe_compile.passes.base import run_pipeline
@@ -118,6 +119,7 @@ def _optimize(
     if backend != "eager" and isinstance(model, nn.Module) and any(weight.is_cuda for weight in model.parameters()):
         warm_up_compiler()
     captured = capture(model, example_inputs)
+    before = GraphFacts.of(captured.program)
     device = captured.program.device
     own_cache = captured.program.step is not None
     parallel = None
@@ -154,7 +156,7 @@ def _optimize(
         backend=chosen,
         ranks=ranks,
     )
-    fast.restart_at = captured.restart_at
+    fast.restart_at, fast.captured = captured.restart_at, before
     if ranks is not None:
         ranks.same({"the graph": _calls(result.program.graph)})  # or they would wait for each other in vain
     if verified:

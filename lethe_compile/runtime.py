@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from lethe_compile.config import LetheConfig
 from lethe_compile.distributed import Ranks, digest
 from lethe_compile.errors import ConfigError, InputError, OutOfPagesError
 from lethe_compile.executor import DecodeGraph, Executor
+from lethe_compile.inspection import GraphFacts, Inspection
 from lethe_compile.keep_sets import KeepSets
 from lethe_compile.kernels.ops import hoyer_sparsity
 from lethe_compile.ledger import Counts, Ledger
@@ -31,6 +33,7 @@ from lethe_compile.policies.base import NEVER, Policy, RoundState
 from lethe_compile.policies.full import FullPolicy
 from lethe_compile.prompt import check_ids
 from lethe_compile.recorder import Recorder, Sample
+from lethe_compile.recorder_stream import StreamRecorder
 from lethe_compile.report import CacheStats, Report
 from lethe_compile.restart import Text, text_of
 from lethe_compile.states import States
@@ -38,6 +41,7 @@ from lethe_compile.states import States
 if TYPE_CHECKING:
     from lethe_compile.hf import LetheForCausalLM
 
+Scores = tuple[Tensor, Tensor, Tensor]  # masses, positions, lengths: see `KVCache.scores`
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _ATTEMPTS = 4  # to reserve pages; each but the first after a round that prunes harder
 
@@ -73,6 +77,7 @@ class OptimizedModel(nn.Module):
         ranks: the processes that run this model together, of `optimize`'s `tp`; None for one alone.
         restart_at: tokens beyond which a generation computes all keys and values anew, once, as transformers does where
             rotary frequencies change with the length; None where they do not.
+        captured: the graph before the passes, as `optimize` saw it; None where nobody noted it.
     """
 
     def __init__(
@@ -103,6 +108,7 @@ class OptimizedModel(nn.Module):
         self.kv_memory: int | float | None = None
         self._allowed_by: int | float | None = None  # the `kv_memory` behind `cache.max_bytes`
         self.restart_at: int | None = None
+        self.captured: GraphFacts | None = None
         self.on_round: list[Callable[[Round], None]] = []
         self.recorder: Recorder | None = None
         self.give_way: Callable[[], object] | None = None
@@ -455,6 +461,8 @@ class OptimizedModel(nn.Module):
         self._next_position += filled > 0
         self._text = None
         self._ledger.step()
+        if self.recorder is not None:
+            self.recorder.refilled(self._ledger.decoded)
         self._round(filled > 0)
         return logits[:, 0]
 
@@ -505,15 +513,39 @@ class OptimizedModel(nn.Module):
         finally:
             self._policy = pruning
 
+    def twin(self) -> OptimizedModel:
+        """The same graph with a cache of its own: for two generations side by side. `reconfigure` changes both."""
+        twin = OptimizedModel(
+            self._program,
+            self.config,
+            records=self._records,
+            vocab_size=self.vocab_size,
+            max_positions=self.max_positions,
+            generation_config=self.generation_config,
+            hf_config=self.hf_config,
+            backend=self.backend,
+        )
+        twin._executor, twin.restart_at, twin.captured = self._executor, self.restart_at, self.captured
+        return twin.eval()
+
     @contextmanager
-    def recorded(self, *, sparsity: bool = True) -> Iterator[Recorder]:
-        """Generations inside this context are followed round by round; the recorder tells of the latest."""
-        before = self.recorder
-        self.recorder = Recorder(self._token_bytes, self.page_size, self._keep_sets, sparsity)
+    def recorded(
+        self, *, sparsity: bool = True, tokens: bool = False, path: str | Path | None = None
+    ) -> Iterator[Recorder]:
+        """Generations inside this context are followed round by round; the recorder tells of the latest.
+
+        With `tokens`, also which tokens each round evicted. With `path`, rounds go to that file and none is held in
+        memory; `recorder_stream.load_recorder` reads them back.
+        """
+        before, given = self.recorder, (self._token_bytes, self.page_size, self._keep_sets, sparsity, tokens)
+        stream = None if path is None else StreamRecorder(Path(path), *given)
+        self.recorder = stream or Recorder(*given)
         try:
             yield self.recorder
         finally:
             self.recorder = before
+            if stream is not None:
+                stream.close()
 
     # ---------------------------------------------------------------------------------------------------------- rounds
 
@@ -522,13 +554,14 @@ class OptimizedModel(nn.Module):
 
         Waits for the device once, behind the compaction; more often only where pages run out.
         """
-        held = self.cache.pages_held()
-        sparsity = self._sparsity() if self.recorder is not None and self.recorder.sparsity else None
-        before, seen, on = self._evict(active)
+        held, scores = self.cache.pages_held(), self._scores()
+        sparsity = self._sparsity(scores) if self.recorder is not None and self.recorder.sparsity else None
+        before, seen, on = self._evict(active, scores)
         self._ledger.read(seen, before, held)
         if self.recorder is not None:
             measured = None if sparsity is None else sparsity.double().cpu().numpy()
-            self.recorder.round(Sample(self._ledger.decoded, on > 0, before, self.cache.lengths.copy(), measured))
+            after, threshold = self.cache.lengths.copy(), self.policy.thresholds.cpu().numpy()
+            self.recorder.round(Sample(self._ledger.decoded, on > 0, before, after, measured, seen, threshold))
         self._live = on
         self.cache.free_rows(np.flatnonzero((on == 0) & self.cache.pages_held().any(0)).tolist())
         self._until_round = self.config.interval
@@ -546,31 +579,35 @@ class OptimizedModel(nn.Module):
         window = self.policy.observation_window
         self._cleared_at = -1 if window is None else min(window, self._until_round)
 
-    def _evict(self, active: Tensor, limit: Tensor | None = None) -> list[Counts]:
-        """Prune and compact every layer and row; the lengths before, the next positions and `active`, as read back."""
+    def _evict(self, active: Tensor, scores: Scores, limit: Tensor | None = None) -> list[Counts]:
+        """Prune and compact every layer and row; the lengths before, the next positions and `active`, as read back.
+
+        `scores` are those of the cache as it is, of all ranks' heads.
+        """
         sets = self._keep_sets
         prompts, following, on_now = map(sets.spread, (self._prompt_lengths, self._next_position, active))
         rows = (prompts, following, on_now)
-        mass, position, length = self.cache.scores()
-        scores = (self._of_all_ranks(mass), position, length)
         state = RoundState(*scores, self._windows, *rows, key_source=self._keys, heads=sets.heads)
         keep = self.policy.round(state, limit)
         if keep is not None and self.on_round:
             self._tell(state, keep)
+        if keep is not None and self.recorder is not None and self.recorder.tokens:
+            self.recorder.evicted(self._ledger.decoded, state.position, keep)
         before, seen, on = self.cache.compact(keep, self._next_position, active)
         after = self.cache.lengths
         self._ledger.evicted(before - after, self.cache.pages_for(before) - self.cache.pages_for(after))
         return [before, sets.repeat(seen), sets.repeat(on)]
 
-    def _of_all_ranks(self, mass: Tensor) -> Tensor:
-        """[layers, rows, slots] scores of all heads, from those of this rank's: what a round chooses by.
+    def _scores(self) -> Scores:
+        """The cache's scores, of all ranks' heads: what a round chooses by.
 
         What the cache holds stays this rank's own part: both rules by which it goes on, sum and peak, commute with the
         reduction. Rows that are KV heads are one rank's alone.
         """
-        if self.ranks is None or self.policy.decay is None or self.policy.per_head:
-            return mass
-        return self.ranks.reduced(mass, peak=self.policy.peak)
+        mass, position, length = self.cache.scores()
+        if self.ranks is not None and self.policy.decay is not None and not self.policy.per_head:
+            mass = self.ranks.reduced(mass, peak=self.policy.peak)
+        return mass, position, length
 
     def _keys(self, layer: int) -> Tensor:
         """[rows, slots, KV heads, k_dim] of one layer, of all ranks' heads where a row is a sequence."""
@@ -586,12 +623,11 @@ class OptimizedModel(nn.Module):
     def _together(self, what: str) -> AbstractContextManager[None]:
         return nullcontext() if self.ranks is None else self.ranks.together(what)
 
-    def _sparsity(self) -> Tensor | None:
-        """[layers, rows] Hoyer sparsity of the scores as they are; None where the graph keeps none."""
+    def _sparsity(self, scores: Scores) -> Tensor | None:
+        """[layers, rows] Hoyer sparsity of the cache's `scores`; None where the graph keeps none."""
         if not self._scored:
             return None
-        mass, _, length = self.cache.scores()
-        mass = self._of_all_ranks(mass)
+        mass, _, length = scores
         return hoyer_sparsity(mass.flatten(0, 1), length.flatten()).view_as(length)
 
     def _tell(self, state: RoundState, keep: Tensor) -> None:
@@ -625,7 +661,8 @@ class OptimizedModel(nn.Module):
                 over = not self.ranks.everywhere(not over)
             if over:
                 self._ledger.pressed += 1
-                self._evict(active, torch.full(self.cache.lengths.shape, limit, device=self.device))
+                limits = torch.full(self.cache.lengths.shape, limit, device=self.device)
+                self._evict(active, self._scores(), limits)
 
     def _observe(self) -> None:
         """Read back what the steps since the last round did."""
@@ -679,6 +716,10 @@ class OptimizedModel(nn.Module):
         """What the compiler found, rewrote and refused; prints as a table, `to_dict` gives JSON."""
         where = (self._dtype, self._device, self.backend, self.page_size)
         return Report.of(self._records, self.sites, self.stateful, self.config, *where)
+
+    def inspection(self, model: str = "") -> Inspection:
+        """The graph as it was captured and as it is now, with `report`, under the name `model`; prints, and dumps."""
+        return Inspection(model, self.captured, tuple(self._records), GraphFacts.of(self._program), self.report())
 
     def cache_stats(self) -> CacheStats:
         """Per layer and sequence: tokens seen and retained, rounds, threshold, Hoyer sparsity, bytes held and freed.

@@ -80,28 +80,30 @@ def generate(
     runner: Runner,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int = 20,
+    max_new_tokens: int | Sequence[int] = 20,
     sampler: Sampler | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Generation:
     """Continue each of `prompts`, lists of token ids of any lengths; the tokens are those of the optimized model.
 
-    `eos_token_id` overrides the artifact's own; an empty sequence means that no token ends a row. `on_token` hears
-    after each step how many rows got one.
+    `max_new_tokens` holds for all rows, or is a number for each. `eos_token_id` overrides the artifact's own; an empty
+    sequence means that no token ends a row. `on_token` hears after each step how many rows got one.
 
     Raises:
         InputError: a prompt is empty, holds ids outside of the vocabulary, or is too long for the model.
         LetheError: the model computes NaN.
     """
     manifest, sampler = runner.manifest, sampler or Sampler()
-    _check(manifest, prompts, max_new_tokens)
-    loop = _Loop(runner, prompts, sampler, _end_tokens(manifest, eos_token_id))
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    _check(manifest, prompts, limits)
+    loop, longest = Loop(runner, prompts, sampler, _end_tokens(manifest, eos_token_id), limits), max(limits)
     told = on_token or (lambda count: None)
-    ahead = runner if sampler.greedy and isinstance(runner, AheadRunner) else None
+    alike = min(limits) == longest  # rows that run ahead of the host know no limits of their own
+    ahead = runner if sampler.greedy and alike and isinstance(runner, AheadRunner) else None
     told(loop.choose(loop.prefill()))
-    while loop.step < max_new_tokens and loop.active.any():
-        left = max_new_tokens - loop.step
+    while loop.step < longest and loop.active.any():
+        left = longest - loop.step
         if ahead is not None:
             for count in loop.run_ahead(ahead, left):
                 told(count)
@@ -110,8 +112,21 @@ def generate(
     return loop.result()
 
 
-class _Loop:
-    def __init__(self, runner: Runner, prompts: Sequence[Sequence[int]], sampler: Sampler, ends: Ints) -> None:
+class Loop:
+    """One generation, step by step: `prefill`, then `choose` and `decode` in turn.
+
+    Who feeds it from outside sets `tokens` [R] and `active` [R] instead of `choose`; rows never become active again.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        prompts: Sequence[Sequence[int]],
+        sampler: Sampler,
+        ends: Ints,
+        limits: Sequence[int] | None = None,
+    ) -> None:
+        self.limits = np.asarray(limits if limits is not None else [np.iinfo(np.int64).max] * len(prompts))
         self.runner, self.prompts, self.sampler, self.ends = runner, prompts, sampler, ends
         self.prompt_length = np.array([len(prompt) for prompt in prompts], np.int64)
         self.next_position = self.prompt_length.copy()
@@ -166,7 +181,7 @@ class _Loop:
         rows = np.flatnonzero(self.active)
         for row in rows:
             self.new[row].append(int(tokens[row]))
-        self.active = self.active & ~np.isin(tokens, self.ends)
+        self.active = self.active & ~np.isin(tokens, self.ends) & (self.step < self.limits)
         return len(rows)
 
     def decode(self, left: int) -> Floats:
@@ -204,13 +219,13 @@ class _Loop:
         return Generation(ids, self.new, self.retained.tolist(), self.rounds)
 
 
-def _check(manifest: Manifest, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check(manifest: Manifest, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
     if not prompts:
         raise InputError("there is no prompt")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} is not allowed: must be >= 1")
+    if len(limits) != len(prompts) or min(limits) < 1:
+        raise InputError(f"max_new_tokens={limits} is not allowed: must be >= 1, one number or one for each prompt")
     vocab_size, room = manifest.model["vocab_size"], manifest.model["max_positions"]
-    for row, prompt in enumerate(prompts):
+    for row, (prompt, new) in enumerate(zip(prompts, limits, strict=True)):
         if not prompt:
             raise InputError(f"prompt {row} is empty")
         outside = [token for token in prompt if not 0 <= token < vocab_size]
@@ -219,9 +234,9 @@ def _check(manifest: Manifest, prompts: Sequence[Sequence[int]], max_new_tokens:
                 f"prompt {row} holds the id {outside[0]}, outside the vocabulary of {vocab_size} ids: does the"
                 " tokenizer belong to this model?"
             )
-        if room is not None and len(prompt) + max_new_tokens > room:
+        if room is not None and len(prompt) + new > room:
             raise InputError(
-                f"prompt {row} has {len(prompt)} tokens: with {max_new_tokens} new ones that is more than the model's"
+                f"prompt {row} has {len(prompt)} tokens: with {new} new ones that is more than the model's"
                 f" {room} positions"
             )
 
