@@ -31,6 +31,8 @@ COMMANDS = {
     "export": Command("export", "write a model, pruning included, for ONNX Runtime, TensorRT or torch.export"),
     "run": Command("run", "execute what `lethe export` wrote"),
     "evaluate": Command("evaluate", "compare policies on tasks: accuracy against KV bytes, with intervals"),
+    "compare": Command("compare", "check for CI: a pruned graph or an artifact beside the unpruned graph, with limits"),
+    "report": Command("report", "write an HTML report of a generation, a sweep, a comparison and a graph"),
     "train-reasoner": Command("train_reasoner", "train the bundled reasoner from scratch"),
 }
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 class Decoder(Protocol):
     """A language model with a cache, as the loop sees it: R rows, V = `vocab_size`, logits float32 `[R, V]`.
 
-    A `generation_config` attribute, where there is one, gives the defaults of `generate`.
+    A `generation_config` attribute, where there is one, gives the defaults of `generate`; `ranks`, where it is there
+    and not None, the processes that run the model together (`distributed.Ranks`): tokens and ends are rank 0's.
     """
 
     vocab_size: int
@@ -169,10 +170,17 @@ class _Rule:
         tokens = (probabilities / race).argmax(dim=-1)
         return tokens, probabilities.gather(1, tokens[:, None])[:, 0].isfinite()
 
+    def may_differ(self) -> bool:
+        """Whether two processes may end a row at different steps: by their clocks, or by code of others."""
+        return not all(type(one).__name__ in _BY_TOKENS for one in self.criteria)
+
     def contiguous(self) -> bool:
         """Whether the ids must be: code of others may call `view` on them, as it can in transformers."""
         known = ("transformers.", "lethe_compile.")
         return not all(type(one).__module__.startswith(known) for one in [*self.processors, *self.criteria])
+
+
+_BY_TOKENS = ("MaxLengthCriteria", "EosTokenCriteria", "StopStringCriteria")
 
 
 class _Record:
@@ -234,15 +242,20 @@ def _run(decoder: Decoder, prompt: Prompt, new_tokens: int, rule: _Rule, record:
     rows, columns = prompt.ids.shape
     buffer = torch.cat([prompt.ids, prompt.ids.new_empty(rows, new_tokens)], dim=1)
     ids, contiguous = prompt.ids, rule.contiguous()
+    ranks, foreign = getattr(decoder, "ranks", None), rule.may_differ()
     unfinished = active = torch.ones(rows, dtype=torch.bool, device=ids.device)
     logits = decoder.prefill(prompt.right_padded(), prompt.lengths)
     for end in range(columns + 1, columns + new_tokens + 1):
         scores, given = _scores(rule, record, ids, logits, active)
         tokens, sound = rule.choose(scores)
+        if ranks is not None:
+            tokens, sound = ranks.from_first(tokens, sound)
         shown = tokens if rule.pad is None else torch.where(unfinished, tokens, rule.pad)
         buffer[:, end - 1] = shown
         ids = buffer[:, :end].contiguous() if contiguous else buffer[:, :end]
         unfinished = unfinished & ~rule.criteria(ids, record.scores)
+        if ranks is not None and foreign:
+            (unfinished,) = ranks.from_first(unfinished)
         report.send(shown, unfinished, active & ~sound, given)
         # A finished row is fed its own choice: its padding need not be an id of the vocabulary.
         active = unfinished.any().repeat(rows) if rule.pad is None else unfinished
