@@ -26,6 +26,7 @@ from lethe_compile.errors import (
 
 if TYPE_CHECKING:
     from lethe_compile.api import optimize
+    from lethe_compile.comparison import Comparison, Thresholds, compare
     from lethe_compile.exporters import export
     from lethe_compile.runtime import OptimizedModel
     from lethe_compile.serving import Engine, Request, SamplingParams
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",
+    "Comparison",
     "ConfigError",
     "Engine",
     "EngineBusyError",
@@ -53,14 +55,19 @@ __all__ = [
     "OutOfPagesError",
     "Request",
     "SamplingParams",
+    "Thresholds",
     "UnsupportedGraphError",
     "VerificationError",
+    "compare",
     "export",
     "optimize",
 ]
 
 _LATE = {
     "Engine": "lethe_compile.serving",
+    "Comparison": "lethe_compile.comparison",
+    "Thresholds": "lethe_compile.comparison",
+    "compare": "lethe_compile.comparison",
     "OptimizedModel": "lethe_compile.runtime",
     "Request": "lethe_compile.serving",
     "SamplingParams": "lethe_compile.serving",

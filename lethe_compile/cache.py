@@ -20,7 +20,8 @@ from torch import Tensor
 from lethe_compile.allocator import Counts
 from lethe_compile.errors import ConfigError, InputError, OutOfPagesError
 from lethe_compile.keep_sets import KeepSets
-from lethe_compile.pool import Geometry, Plan, Pool, Staging, sent
+from lethe_compile.pool import Geometry, Plan, Pool, Staging
+from lethe_compile.transfers import Fetched, sent
 
 __all__ = ["Geometry", "KVCache", "Rows"]
 
@@ -41,6 +42,15 @@ class Rows:
         """The device is not waited for."""
         host = np.asarray(index, np.int64)
         return cls(host, sent(host, device))
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """A compaction under way on the device; see `KVCache.compact_later`."""
+
+    rows: Rows
+    bound: Counts  # [layers, rows] tokens before it, as the host bounded them
+    lengths: Fetched  # [2, layers, rows]: before, and after
 
 
 class KVCache:
@@ -217,8 +227,8 @@ class KVCache:
         if not index:
             return
         self.lengths[:, index] = 0
-        if len(index) == self.rows:
-            self.length.zero_()
+        if index[-1] - index[0] == len(index) - 1:  # a list of indices would make the device wait for the host
+            self.length[:, index[0] : index[-1] + 1].zero_()
         else:
             self.length[:, index] = 0
         held = self.pages_held()
@@ -308,7 +318,48 @@ class KVCache:
         Raises:
             InputError: `keep` has another number of layers or rows, or is too short.
         """
-        before, now = self._of(rows)[1].clone(), self._of(rows)[1]
+        before, now = self._drop(keep, rows)
+        old, new, *rest = self._read(before, now, *others)
+        at: Any = slice(None) if rows is None else rows.on_host
+        self._freed(old, new)
+        held = self.pages_held()
+        held[:, at] = np.where(new < old, self._pages(new), held[:, at])
+        self._truncate(held)
+        self.lengths[:, at] = new
+        return [old, *rest]
+
+    def compact_later(self, keep: Tensor | None, rows: Rows) -> Compaction:
+        """`compact`, and nothing is waited for: bounds and pages stay as they are until `settle` is given the result.
+
+        Until then the rows must stay where they are, and be compacted no further.
+
+        Raises:
+            InputError: as `compact`.
+        """
+        before, now = self._drop(keep, rows)
+        return Compaction(rows, self.lengths[:, rows.on_host].copy(), Fetched(torch.stack([before, now])))
+
+    def settle(self, done: Compaction, room: Sequence[int] | Counts) -> Counts:
+        """Take over what `compact_later` did: the rows keep `room` [rows] tokens beyond what they hold, as far as that
+        is reserved, and give back the other pages. Tokens that steps have appended since are counted in.
+
+        Returns:
+            [layers, its rows] tokens that were dropped.
+        """
+        old, new = done.lengths.wait()
+        at = done.rows.on_host
+        self.lengths[:, at] -= done.bound - new
+        self._freed(old, new)
+        held, needed = self.pages_held(), self._pages(self.lengths + self._per_row(room))
+        held[:, at] = np.where(new < old, np.minimum(held, needed)[:, at], held[:, at])
+        self._truncate(held)
+        dropped: Counts = old - new
+        return dropped
+
+    def _drop(self, keep: Tensor | None, rows: Rows | None) -> tuple[Tensor, Tensor]:
+        """Launch a compaction: lengths before and after it, [layers, rows] int32 on the device."""
+        now = self._of(rows)[1]
+        before = now.clone()
         if keep is not None:
             self._check_keep(keep, rows)
             self._upload()
@@ -317,15 +368,11 @@ class KVCache:
                 now.index_copy_(0, pool.index, pool.compact(table, before, keep))
             if rows is not None:
                 self.length.index_copy_(1, rows.on_device, now)
-        old, new, *rest = self._read(before, now, *others)
-        at: Any = slice(None) if rows is None else rows.on_host
+        return before, now
+
+    def _freed(self, old: Counts, new: Counts) -> None:
         emptied = (self._pages(old) - self._pages(new)).sum(1)  # [layers]
         self.bytes_freed += sum(int(emptied[pool.layers].sum()) * pool.kv_bytes for pool in self._pools)
-        held = self.pages_held()
-        held[:, at] = np.where(new < old, self._pages(new), held[:, at])
-        self._truncate(held)
-        self.lengths[:, at] = new
-        return [old, *rest]
 
     def limit(self, tokens_per_row: Sequence[int] | Counts, fixed: NDArray[np.bool_] | None = None) -> int:
         """The most tokens that every layer and row may keep so that a reserve of so many more is granted, after `trim`.

@@ -32,6 +32,8 @@ COMMANDS = {
     "run": Command("run", "execute what `lethe export` wrote"),
     "serve": Command("serve", "serve a model over HTTP as OpenAI's API, by one process or by replicas on Ray"),
     "evaluate": Command("evaluate", "compare policies on tasks: accuracy against KV bytes, with intervals"),
+    "compare": Command("compare", "check for CI: a pruned graph or an artifact beside the unpruned graph, with limits"),
+    "report": Command("report", "write an HTML report of a generation, a sweep, a comparison and a graph"),
     "train-reasoner": Command("train_reasoner", "train the bundled reasoner from scratch"),
 }
 

@@ -16,7 +16,7 @@ from lethe_compile.settings import BOOL, SHARE, Rule, Settings, integer, is_inte
 
 MIN_RETAINED = 8
 """Tokens beside the sinks that a hard cap must always leave room for."""
-_INTERVAL, _INTERVAL_APART = 32, 128  # decode steps between rounds, the latter where the host is not the device
+_SHORTEST, _INTERVAL, _INTERVAL_APART = 8, 32, 128  # decode steps between rounds, the last where host and device differ
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _BYTES = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
 
@@ -101,9 +101,10 @@ class LetheConfig(Settings):
     ≥ 1. Not in the paper. Measured without a cap: 64, 128, 256 are alike."""
 
     prune_interval: int | None = setting(None, optional(integer(1)))
-    """Decode steps between two rounds. ≥ 1, or None: 32 on a CPU. Elsewhere, where the device waits for the host in a
-    round, an eighth of `max_tokens`, in 32..128; 128 without a cap, 32 with a `budget`. Fewer steps hold the cache
-    closer to its target and cost more rounds. Measured at `max_tokens` 192: 16, 32, 64 solve 84, 78, 43%."""
+    """Decode steps between two rounds. ≥ 1, or None: an eighth of `max_tokens`, in 8..32 on a CPU, and in 8..128
+    elsewhere, where the device waits for the host in a round. Without `max_tokens`, 32 on a CPU or with a `budget`, 128
+    elsewhere. Fewer steps hold the cache closer to its cap and cost more rounds. Measured at `max_tokens` 192: 8, 16,
+    32, 64 solve 84, 84, 78, 43%."""
 
     max_tokens: int | None = setting(None, optional(integer(1)))
     """Hard cap on the retained tokens of one layer and sequence during decode; None for no cap.
@@ -118,7 +119,7 @@ class LetheConfig(Settings):
     - bytes of keys and values, such as "64MiB", no less than those of that many tokens. Tokens count, not pages: the
       last page of each layer is held whole;
     - a share of the full cache, a float in (0, 1]: of what `full` would hold of the tokens seen so far, growing with
-      the sequence. Never less than that many tokens, so short sequences hold a larger share."""
+      the sequence. Never less than that many tokens and the protected prompt: short sequences hold a larger share."""
 
     paper_literal: bool = setting(False, BOOL)
     """Score as the paper does: sinks compete for v[0], and scores are summed over the batch into one keep-set. By
@@ -159,13 +160,14 @@ class LetheConfig(Settings):
     @property
     def interval(self) -> int:
         """`prune_interval`, or its least default."""
-        return self.prune_interval or _INTERVAL
+        return self.interval_on("cpu")
 
     def interval_on(self, device_type: str) -> int:
         """`prune_interval`, or its default on a device of that type."""
-        if self.prune_interval is not None or device_type == "cpu" or self.budget is not None:
-            return self.interval
-        return min(_INTERVAL_APART, max(_INTERVAL, (self.max_tokens or 8 * _INTERVAL_APART) // 8))
+        if self.prune_interval is not None:
+            return self.prune_interval
+        longest = _INTERVAL if device_type == "cpu" or self.budget is not None else _INTERVAL_APART
+        return longest if self.max_tokens is None else min(longest, max(_SHORTEST, self.max_tokens // 8))
 
     def page_size_on(self, device_type: str) -> int:
         """`page_size`, or its default on a device of that type."""

@@ -229,12 +229,6 @@ class Pool:
             new.index_copy_(dim, index[1].long(), old.index_select(dim, index[0]))
 
 
-def sent(values: Counts, device: torch.device) -> Tensor:
-    """Values of the host on the device, which is not waited for."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
 class Staging:
     """A host buffer through which a tensor is sent to the device without waiting for it; pinned for a GPU."""
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lethe_compile.keep_sets import KeepSets
 from lethe_compile.ledger import Counts
@@ -25,6 +27,18 @@ class Sample:
     before: Counts  # [L, R] tokens retained when the round came
     after: Counts  # [L, R] tokens it left
     sparsity: Floats | None  # [L, R] Hoyer sparsity of the scores before it; None where no scores are kept
+    seen: Counts | None = None  # [R] tokens fed so far, evicted ones too
+    threshold: Counts | None = None  # [L, R] tokens from which on the policy prunes next; as `Policy.thresholds`
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """The E tokens that one round dropped: of layers `layer` [E] and rows `row` [E], at positions `position` [E]."""
+
+    step: int  # decode steps before it
+    layer: NDArray[np.int32]
+    row: NDArray[np.int32]
+    position: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -49,17 +63,23 @@ class Recorder:
         page_size: tokens a page.
         sets: rows of a sequence.
         sparsity: measure the scores at every round, which costs a kernel and a transfer.
+        tokens: keep which tokens each round dropped, which costs a transfer; `evictions` has them in order.
+
+    `refills` are the steps before which the cache was filled anew, with every token; see `OptimizedModel.restart_at`.
     """
 
     token_bytes: Counts
     page_size: int
     sets: KeepSets
     sparsity: bool = True
+    tokens: bool = False
     samples: list[Sample] = field(default_factory=list)
+    evictions: list[Eviction] = field(default_factory=list)
+    refills: list[int] = field(default_factory=list)
 
     def begin(self, prompts: Counts, lengths: Counts, held: Counts) -> None:
         """A generation starts, with `prompts` [R] tokens: tokens and pages [L, R] after the prefill."""
-        self.samples = []
+        self._forget(prompts)
         self._seen = self.sets.one(prompts)
         self._steps = (self._seen > 0).astype(np.int64)
         self._kv_peak, self._pool_peak = self._kv(lengths), self._pool(held)
@@ -90,9 +110,29 @@ class Recorder:
     def _pool(self, pages: Counts) -> Counts:
         return self._kv(pages * self.page_size)
 
+    def _forget(self, prompts: Counts) -> None:
+        """Of the rounds before."""
+        self.samples, self.evictions, self.refills = [], [], []
+
     def round(self, sample: Sample) -> None:
         """A round has ended."""
         self.samples.append(sample)
+
+    def evicted(self, step: int, position: Tensor, keep: Tensor) -> None:
+        """A round leaves `keep` [L, R, N] bool of the tokens at `position` [L, R, N], -1 where there is none."""
+        gone = (position >= 0) & ~keep
+        layer, row, slot = gone.nonzero(as_tuple=True)
+        found = torch.stack([layer, row, position[layer, row, slot].long()]).int().cpu().numpy()
+        if found.shape[1]:
+            self.dropped(Eviction(step, *found))
+
+    def dropped(self, eviction: Eviction) -> None:
+        """A round has dropped some tokens."""
+        self.evictions.append(eviction)
+
+    def refilled(self, step: int) -> None:
+        """The cache was filled anew after `step` decode steps, with all that was evicted."""
+        self.refills.append(step)
 
     def usage(self) -> Usage:
         """Bytes so far; of sequences without a prompt, zeros."""

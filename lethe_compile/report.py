@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import isnan
@@ -14,35 +12,15 @@ from lethe_compile.config import LetheConfig
 from lethe_compile.kernels.recurrent.call import StatefulCall
 from lethe_compile.passes.base import PassRecord
 from lethe_compile.passes.program import Site
+from lethe_compile.printing import Printable, bytes_text, ranges, styled, table_of
 
 if TYPE_CHECKING:
     import torch
     from rich.console import RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 _NEVER = 1 << 62  # thresholds beyond are a policy's way to say never
-
-
-class _Printable:
-    """Renders with rich wherever it is printed; as text, 120 columns wide."""
-
-    def __rich__(self) -> RenderableType:
-        raise NotImplementedError
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=120, force_terminal=False)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip()
-
-    def to_dict(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """`to_dict` as JSON text."""
-        return json.dumps(self.to_dict(), indent=indent)
 
 
 @dataclass(frozen=True)
@@ -58,6 +36,7 @@ class LayerReport:
     v_dim: int
     scale: float
     mask: str
+    mask_proof: str  # what was evaluated to know that it is that mask
     window: int | None
     softcap: float | None
     sinks: bool
@@ -81,7 +60,7 @@ class StateReport:
 
 
 @dataclass(frozen=True)
-class Report(_Printable):
+class Report(Printable):
     """What `optimize` found, rewrote and refused."""
 
     passes: tuple[PassRecord, ...]
@@ -141,7 +120,8 @@ class Report(_Printable):
             f" ({self.backend_reason}); {_policy_words(self.config)}{kept};"
             f" {self.bytes_per_token:,} KV bytes per token, pages of {self.page_size}"
         )
-        return Group(self._pass_table(), self._layer_table(), line, *self._state_lines())
+        states = self._state_lines()
+        return Group(pass_table(self.passes), self._layer_table(), *self._proof_lines(), line, *states)
 
     def _state_lines(self) -> list[str]:
         """Modules with the same state on one line: what stays beside the KV cache, whole."""
@@ -151,20 +131,23 @@ class Report(_Printable):
         return [
             f"other state kept, not pruned: {len(states)} modules ({', '.join(state.name for state in states)}), each "
             + ", ".join(f"{list(shape)} {dtype}" for shape, dtype in zip(one.shapes, one.dtypes, strict=True))
-            + f" a row, {_bytes(one.bytes_per_row)}"
+            + f" a row, {bytes_text(one.bytes_per_row)}"
             for states in alike.values()
             for one in states[:1]
         ]
 
-    def _pass_table(self) -> Table:
-        table = _table("passes", "pass", "nodes", "matches", "refusals")
-        for record in self.passes:
-            refusals = "\n".join(f"{_at(n.layer)}{n.node}: {n.text}" for n in record.refusals) or "none"
-            table.add_row(record.name, str(record.nodes), str(len(record.matches)), refusals)
-        return table
+    def _proof_lines(self) -> list[Text]:
+        """Masks of the same kind and proof on one line."""
+        alike: dict[tuple[str, str], list[int]] = {}
+        for layer in self.layers:
+            alike.setdefault((_mask_words(layer), layer.mask_proof), []).append(layer.layer)
+        return [
+            styled("mask of layers ", (ranges(layers), "bold"), ": ", (mask, "green"), f", {proof}")
+            for (mask, proof), layers in alike.items()
+        ]
 
     def _layer_table(self) -> Table:
-        table = _table("attention", "layer", "name", "found by", "heads", "head_dim", "mask", "B/token")
+        table = table_of("attention", "layer", "name", "found by", "heads", "head_dim", "mask", "B/token")
         for layer in self.layers:
             dims = str(layer.k_dim) if layer.k_dim == layer.v_dim else f"{layer.k_dim}/{layer.v_dim}"
             heads = f"{layer.heads}/{layer.kv_heads}"  # query heads over KV heads
@@ -174,8 +157,18 @@ class Report(_Printable):
         return table
 
 
+def pass_table(records: Sequence[PassRecord]) -> Table:
+    """What each pass matched and refused, and how many nodes the graph had after it."""
+    table = table_of("passes", "pass", "nodes", "matches", "refusals")
+    for record in records:
+        refusals = "\n".join(f"{_at(n.layer)}{n.node}: {n.text}" for n in record.refusals)
+        shown = styled((refusals, "yellow") if refusals else ("none", "dim"))
+        table.add_row(record.name, str(record.nodes), str(len(record.matches) or "·"), shown)
+    return table
+
+
 @dataclass(frozen=True)
-class CacheStats(_Printable):
+class CacheStats(Printable):
     """The cache of one generation. Nested lists are ``[layers][rows]``, `seen` is ``[rows]``.
 
     Layers are those with a cache of their own: others that attend to the same keys and values are no part of the count.
@@ -214,7 +207,7 @@ class CacheStats(_Printable):
 
         columns = ("layer", "retained", "of", "rounds", "threshold", "sparsity", "held", "freed")
         over = "sequences" if self.heads is None else "sequences and their KV heads, per head; bytes of all heads"
-        table = _table(f"cache, mean over {over}", *columns)
+        table = table_of(f"cache, mean over {over}", *columns)
         seen = _mean(self.seen)
         for layer, retained in enumerate(self.retained):
             known = [s for s in self.sparsity[layer] if not isnan(s)]
@@ -226,12 +219,12 @@ class CacheStats(_Printable):
                 f"{_mean(self.rounds[layer]):.1f}",
                 f"{_mean(reached):,.0f}" if reached else "never",
                 f"{_mean(known):.2f}" if known else "",
-                _bytes(_mean(self.bytes_held[layer])),
-                _bytes(_mean(self.bytes_freed[layer])),
+                bytes_text(_mean(self.bytes_held[layer])),
+                bytes_text(_mean(self.bytes_freed[layer])),
             )
         pressed = f"; {self.pressed} rounds for lack of pages" if self.pressed else ""
-        sizes = f"mean {_bytes(self.bytes_mean)}, peak {_bytes(self.bytes_peak)}"
-        kept = f"; other state {_bytes(sum(self.state_bytes))}" if self.state_bytes else ""
+        sizes = f"mean {bytes_text(self.bytes_mean)}, peak {bytes_text(self.bytes_peak)}"
+        kept = f"; other state {bytes_text(sum(self.state_bytes))}" if self.state_bytes else ""
         return Group(table, f"all sequences: {sizes}{pressed}{kept}")
 
 
@@ -273,6 +266,7 @@ def _layer(site: Site, cache_of: int, dtype: torch.dtype) -> LayerReport:
         v_dim=site.v_dim,
         scale=site.scale,
         mask=site.mask.kind,
+        mask_proof=site.mask.evidence,
         window=site.mask.window,
         softcap=site.softcap,
         sinks=site.sinks,
@@ -299,28 +293,9 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _table(title: str, *columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in columns:
-        words = column in ("pass", "name", "found by", "mask", "refusals")
-        table.add_column(column, justify="left" if words else "right", overflow="fold")
-    return table
-
-
 def _at(layer: int | None) -> str:
     return "" if layer is None else f"layer {layer}, "
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    return f"{count:,.2f} GiB"

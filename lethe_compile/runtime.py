@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from lethe_compile import generation
 from lethe_compile.cache import Geometry, KVCache
 from lethe_compile.config import LetheConfig
+from lethe_compile.distributed import Ranks, digest
 from lethe_compile.errors import ConfigError, InputError, OutOfPagesError
 from lethe_compile.executor import DecodeGraph, Executor
+from lethe_compile.inspection import GraphFacts, Inspection
 from lethe_compile.keep_sets import KeepSets
 from lethe_compile.kernels.ops import hoyer_sparsity
 from lethe_compile.ledger import Counts, Ledger
@@ -30,6 +33,7 @@ from lethe_compile.policies.base import NEVER, Policy, RoundState
 from lethe_compile.policies.full import FullPolicy
 from lethe_compile.prompt import check_ids
 from lethe_compile.recorder import Recorder, Sample
+from lethe_compile.recorder_stream import StreamRecorder
 from lethe_compile.report import CacheStats, Report
 from lethe_compile.restart import Text, text_of
 from lethe_compile.states import States
@@ -37,6 +41,7 @@ from lethe_compile.states import States
 if TYPE_CHECKING:
     from lethe_compile.hf import LetheForCausalLM
 
+Scores = tuple[Tensor, Tensor, Tensor]  # masses, positions, lengths: see `KVCache.scores`
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _ATTEMPTS = 4  # to reserve pages; each but the first after a round that prunes harder
 
@@ -69,8 +74,10 @@ class OptimizedModel(nn.Module):
         hf_config: the original's transformers config, where it has one.
         give_way: ends the session of `as_hf()` that holds the cache; None while another generation does, or none.
         vocab_size, max_positions: limits on inputs; `max_positions` is None where the model has none.
+        ranks: the processes that run this model together, of `optimize`'s `tp`; None for one alone.
         restart_at: tokens beyond which a generation computes all keys and values anew, once, as transformers does where
             rotary frequencies change with the length; None where they do not.
+        captured: the graph before the passes, as `optimize` saw it; None where nobody noted it.
     """
 
     def __init__(
@@ -84,11 +91,12 @@ class OptimizedModel(nn.Module):
         generation_config: Any = None,
         hf_config: Any = None,
         backend: tuple[str, str] = ("eager", "asked for"),
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
         self._dtype: torch.dtype = program.sites[0].node.meta["val"].dtype
         self._device: torch.device = program.input_ids.meta["val"].device
-        self.backend = backend
+        self.backend, self.ranks = backend, ranks
         self._program, self._executor = program, Executor(program, compiled=backend[0] != "eager")
         self._graphs: dict[int, DecodeGraph] = {}  # by rows
         self.graph_module, self.sites, self.caches = program.module, program.sites, program.caches
@@ -100,6 +108,7 @@ class OptimizedModel(nn.Module):
         self.kv_memory: int | float | None = None
         self._allowed_by: int | float | None = None  # the `kv_memory` behind `cache.max_bytes`
         self.restart_at: int | None = None
+        self.captured: GraphFacts | None = None
         self.on_round: list[Callable[[Round], None]] = []
         self.recorder: Recorder | None = None
         self.give_way: Callable[[], object] | None = None
@@ -158,6 +167,11 @@ class OptimizedModel(nn.Module):
         self._policy = policy
 
     def _check_heads(self, policy: Policy) -> None:
+        sharing = [site.layer for site in self.caches if self.ranks and site.kv_parts < self.ranks.size]
+        if sharing and policy.per_head:
+            raise ConfigError(
+                f"policy {policy.name!r} keeps other tokens for each KV head, and ranks share those of layers {sharing}"
+            )
         several = [site.layer for site in self.caches if site.kv_heads > 1]
         if several and policy.per_head != (self._keep_sets.heads > 1):
             kinds = ["keeps the same tokens for all KV heads of a layer", "keeps other tokens for each KV head"]
@@ -218,14 +232,18 @@ class OptimizedModel(nn.Module):
         With a fixed `policy="full"` the tokens are transformers' own; with Lethe the cache is pruned along the way.
         `KeyboardInterrupt` frees the cache and leaves the model ready for the next call.
         """
+        if self.ranks is not None:
+            self.ranks.same(_shown({"inputs": inputs, **options}))
         return generation.generate(self, inputs, **options)
 
     def as_hf(self) -> LetheForCausalLM:
         """This model for what expects transformers' models: `pipeline("text-generation")`, and loops of one's own.
 
         Raises:
-            InputError: it was optimized from something else than a transformers model.
+            InputError: it was optimized from something else than a transformers model, or several ranks run it.
         """
+        if self.ranks is not None:
+            raise InputError("transformers' own loop lets each rank draw its tokens: call generate() of this model")
         from lethe_compile.hf import LetheForCausalLM
 
         return LetheForCausalLM(self)
@@ -244,10 +262,11 @@ class OptimizedModel(nn.Module):
         cache_rows = len(prompt_lengths) * self._keep_sets.heads
         if not isinstance(hint, int):  # rows that fill the bucket hold nothing
             hint = np.pad(hint, ((0, 0), (0, cache_rows - hint.shape[1])))
-        try:
-            self.cache.begin(cache_rows, hint)
-        except OutOfPagesError as error:
-            raise InputError(f"{rows} sequences do not fit: {error}") from error
+        with self._together("begin a generation"):
+            try:
+                self.cache.begin(cache_rows, hint)
+            except OutOfPagesError as error:
+                raise InputError(f"{rows} sequences do not fit: {error}") from error
         self.states.begin(len(prompt_lengths))
         self._generating = True
         self.begin_policy(self.policy, cache_rows)
@@ -292,7 +311,7 @@ class OptimizedModel(nn.Module):
         """Tokens [layers, rows] that the cache should have room for at once; refuses what cannot be made to fit."""
         cache = self.cache
         last = cache.max_bytes if self._allowed_by == self.kv_memory else None
-        cache.max_bytes = allowance(self.kv_memory, self.device, cache.pool_bytes, last)
+        cache.max_bytes = self._least(allowance(self.kv_memory, self.device, cache.pool_bytes, last))
         self._allowed_by = self.kv_memory
         if new_tokens is None:
             return 0
@@ -300,7 +319,7 @@ class OptimizedModel(nn.Module):
         least = self.policy.least_tokens(prompts, new_tokens, self._windows)
         allowed = cache.max_bytes
         if allowed is None and self.device.type == "cuda":
-            allowed = available_bytes(self.device) + cache.pool_bytes
+            allowed = self._least(available_bytes(self.device) + cache.pool_bytes)
         need = cache.bytes_for(least)
         if allowed is not None and need > allowed:
             raise InputError(
@@ -413,6 +432,8 @@ class OptimizedModel(nn.Module):
         return self._run(cache, states, input_ids, positions, torch.full_like(past.lengths, tokens), furthest)
 
     def _check_past(self) -> None:
+        if self.ranks is not None:
+            raise InputError("a past from elsewhere holds the keys of all heads, and a rank its own: generate from ids")
         if latent := [site.layer for site in self.sites if site.latent]:
             raise InputError(
                 f"layers {latent} cache the latent of their keys and values, and a cache from elsewhere holds these:"
@@ -465,6 +486,8 @@ class OptimizedModel(nn.Module):
         self._next_position += filled > 0
         self._text = None
         self._ledger.step()
+        if self.recorder is not None:
+            self.recorder.refilled(self._ledger.decoded)
         self._round(filled > 0)
         return logits[:, 0]
 
@@ -522,15 +545,39 @@ class OptimizedModel(nn.Module):
         finally:
             self._policy = pruning
 
+    def twin(self) -> OptimizedModel:
+        """The same graph with a cache of its own: for two generations side by side. `reconfigure` changes both."""
+        twin = OptimizedModel(
+            self._program,
+            self.config,
+            records=self._records,
+            vocab_size=self.vocab_size,
+            max_positions=self.max_positions,
+            generation_config=self.generation_config,
+            hf_config=self.hf_config,
+            backend=self.backend,
+        )
+        twin._executor, twin.restart_at, twin.captured = self._executor, self.restart_at, self.captured
+        return twin.eval()
+
     @contextmanager
-    def recorded(self, *, sparsity: bool = True) -> Iterator[Recorder]:
-        """Generations inside this context are followed round by round; the recorder tells of the latest."""
-        before = self.recorder
-        self.recorder = Recorder(self._token_bytes, self.page_size, self._keep_sets, sparsity)
+    def recorded(
+        self, *, sparsity: bool = True, tokens: bool = False, path: str | Path | None = None
+    ) -> Iterator[Recorder]:
+        """Generations inside this context are followed round by round; the recorder tells of the latest.
+
+        With `tokens`, also which tokens each round evicted. With `path`, rounds go to that file and none is held in
+        memory; `recorder_stream.load_recorder` reads them back.
+        """
+        before, given = self.recorder, (self._token_bytes, self.page_size, self._keep_sets, sparsity, tokens)
+        stream = None if path is None else StreamRecorder(Path(path), *given)
+        self.recorder = stream or Recorder(*given)
         try:
             yield self.recorder
         finally:
             self.recorder = before
+            if stream is not None:
+                stream.close()
 
     # ---------------------------------------------------------------------------------------------------------- rounds
 
@@ -539,13 +586,14 @@ class OptimizedModel(nn.Module):
 
         Waits for the device once, behind the compaction; more often only where pages run out.
         """
-        held = self.cache.pages_held()
-        sparsity = self._sparsity() if self.recorder is not None and self.recorder.sparsity else None
-        before, seen, on = self._evict(active)
+        held, scores = self.cache.pages_held(), self._scores()
+        sparsity = self._sparsity(scores) if self.recorder is not None and self.recorder.sparsity else None
+        before, seen, on = self._evict(active, scores)
         self._ledger.read(seen, before, held)
         if self.recorder is not None:
             measured = None if sparsity is None else sparsity.double().cpu().numpy()
-            self.recorder.round(Sample(self._ledger.decoded, on > 0, before, self.cache.lengths.copy(), measured))
+            after, threshold = self.cache.lengths.copy(), self.policy.thresholds.cpu().numpy()
+            self.recorder.round(Sample(self._ledger.decoded, on > 0, before, after, measured, seen, threshold))
         self._live = on
         self.cache.free_rows(np.flatnonzero((on == 0) & self.cache.pages_held().any(0)).tolist())
         self._until_round = self.config.interval
@@ -563,25 +611,55 @@ class OptimizedModel(nn.Module):
         window = self.policy.observation_window
         self._cleared_at = -1 if window is None else min(window, self._until_round)
 
-    def _evict(self, active: Tensor, limit: Tensor | None = None) -> list[Counts]:
-        """Prune and compact every layer and row; the lengths before, the next positions and `active`, as read back."""
+    def _evict(self, active: Tensor, scores: Scores, limit: Tensor | None = None) -> list[Counts]:
+        """Prune and compact every layer and row; the lengths before, the next positions and `active`, as read back.
+
+        `scores` are those of the cache as it is, of all ranks' heads.
+        """
         sets = self._keep_sets
         prompts, following, on_now = map(sets.spread, (self._prompt_lengths, self._next_position, active))
         rows = (prompts, following, on_now)
-        state = RoundState(*self.cache.scores(), self._windows, *rows, key_source=self.cache.keys, heads=sets.heads)
+        state = RoundState(*scores, self._windows, *rows, key_source=self._keys, heads=sets.heads)
         keep = self.policy.round(state, limit)
         if keep is not None and self.on_round:
             self._tell(state, keep)
+        if keep is not None and self.recorder is not None and self.recorder.tokens:
+            self.recorder.evicted(self._ledger.decoded, state.position, keep)
         before, seen, on = self.cache.compact(keep, self._next_position, active)
         after = self.cache.lengths
         self._ledger.evicted(before - after, self.cache.pages_for(before) - self.cache.pages_for(after))
         return [before, sets.repeat(seen), sets.repeat(on)]
 
-    def _sparsity(self) -> Tensor | None:
-        """[layers, rows] Hoyer sparsity of the scores as they are; None where the graph keeps none."""
+    def _scores(self) -> Scores:
+        """The cache's scores, of all ranks' heads: what a round chooses by.
+
+        What the cache holds stays this rank's own part: both rules by which it goes on, sum and peak, commute with the
+        reduction. Rows that are KV heads are one rank's alone.
+        """
+        mass, position, length = self.cache.scores()
+        if self.ranks is not None and self.policy.decay is not None and not self.policy.per_head:
+            mass = self.ranks.reduced(mass, peak=self.policy.peak)
+        return mass, position, length
+
+    def _keys(self, layer: int) -> Tensor:
+        """[rows, slots, KV heads, k_dim] of one layer, of all ranks' heads where a row is a sequence."""
+        keys = self.cache.keys(layer)
+        if self.ranks is None or self.policy.per_head:
+            return keys
+        return self.ranks.all_heads(keys, self.caches[layer].kv_parts)
+
+    def _least(self, value: int | None) -> int | None:
+        """The least of all ranks: what must fit on each."""
+        return value if self.ranks is None else self.ranks.least(value)
+
+    def _together(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.ranks is None else self.ranks.together(what)
+
+    def _sparsity(self, scores: Scores) -> Tensor | None:
+        """[layers, rows] Hoyer sparsity of the cache's `scores`; None where the graph keeps none."""
         if not self._scored:
             return None
-        mass, _, length = self.cache.scores()
+        mass, _, length = scores
         return hoyer_sparsity(mass.flatten(0, 1), length.flatten()).view_as(length)
 
     def _tell(self, state: RoundState, keep: Tensor) -> None:
@@ -597,18 +675,26 @@ class OptimizedModel(nn.Module):
         """Pages until the next round, pruning harder where there are too few; see `Policy.round` on limits."""
         tokens = self._live * self._until_round
         for attempt in range(1, _ATTEMPTS + 1):
+            failed: OutOfPagesError | None = None
             try:
                 self.cache.reserve_rows(tokens)
-            except OutOfPagesError:
-                if attempt == _ATTEMPTS:
-                    raise
-                self.cache.trim()
-                limit = self.cache.limit(tokens)
-                if (self.cache.lengths > limit).any():
-                    self._ledger.pressed += 1
-                    self._evict(active, torch.full(self.cache.lengths.shape, limit, device=self.device))
-            else:
+            except OutOfPagesError as error:
+                failed = error
+            if self.ranks.everywhere(failed is None) if self.ranks is not None else failed is None:
                 return
+            if attempt == _ATTEMPTS:
+                raise failed or OutOfPagesError("another rank has no room for the next steps")
+            self.cache.trim()
+            with self._together("find room for the next steps"):
+                limit = self.cache.limit(tokens)
+            limit = self._least(limit) or limit
+            over = bool((self.cache.lengths > limit).any())
+            if self.ranks is not None:  # rows of a rank's own heads may be shorter than another's
+                over = not self.ranks.everywhere(not over)
+            if over:
+                self._ledger.pressed += 1
+                limits = torch.full(self.cache.lengths.shape, limit, device=self.device)
+                self._evict(active, self._scores(), limits)
 
     def _observe(self) -> None:
         """Read back what the steps since the last round did."""
@@ -680,6 +766,10 @@ class OptimizedModel(nn.Module):
         where = (self._dtype, self._device, self.backend, self.page_size)
         return Report.of(self._records, self.sites, self.stateful, self.config, *where)
 
+    def inspection(self, model: str = "") -> Inspection:
+        """The graph as it was captured and as it is now, with `report`, under the name `model`; prints, and dumps."""
+        return Inspection(model, self.captured, tuple(self._records), GraphFacts.of(self._program), self.report())
+
     def cache_stats(self) -> CacheStats:
         """Per layer and sequence: tokens seen and retained, rounds, threshold, Hoyer sparsity, bytes held and freed.
 
@@ -716,3 +806,25 @@ def bucket(rows: int) -> int:
 def _padded(values: Tensor, rows: int) -> Tensor:
     """`values` [n] with zeros behind, [rows]."""
     return torch.nn.functional.pad(values, (0, rows - len(values)))
+
+
+_OWN_OPTIONS = ("streamer", "progress", "tokenizer")  # of `generate`: each rank may have its own
+
+
+def _shown(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` as ranks compare them; of what has no value to compare, its kind."""
+    shown: dict[str, Any] = {}
+    for name, value in options.items():
+        if value is None or name in _OWN_OPTIONS:
+            continue
+        if isinstance(value, Tensor):
+            shown[name] = digest(value)
+        elif hasattr(value, "to_dict"):
+            shown[name] = value.to_dict()
+        elif isinstance(value, (bool, int, float, str)):
+            shown[name] = value
+        elif isinstance(value, (list, tuple)):
+            shown[name] = [one if isinstance(one, (bool, int, float, str)) else type(one).__name__ for one in value]
+        else:
+            shown[name] = type(value).__name__
+    return shown

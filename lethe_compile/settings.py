@@ -9,12 +9,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, TypeVar
 
-from lethe_compile.errors import ConfigError
+from lethe_compile.errors import ConfigError, InputError
 
 
 @dataclass(frozen=True)
@@ -100,3 +102,21 @@ def optional(rule: Rule) -> Rule:
 
 
 BOOL = Rule("True or False", lambda v: isinstance(v, bool))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The contents of a TOML file.
+
+    Raises:
+        InputError: it cannot be read, or is not TOML; says where.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # not TOML, which names line and column, or not UTF-8
+        raise InputError(f"{path}: {error}") from error

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from torch import fx
-
 from lethe_compile.errors import UnsupportedGraphError, VerificationError
 from lethe_compile.passes.check import check
+from lethe_compile.passes.dump import dump
 from lethe_compile.passes.program import Program, source_of
+
+CAPTURED = "captured"
+"""What the graph before the first pass is called in dumps and on command lines."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,25 @@ class PipelineResult:
 
 
 def run_pipeline(
-    program: Program, passes: Sequence[Pass], observe: Callable[[str, Program], None] | None = None
+    program: Program,
+    passes: Sequence[Pass],
+    observe: Callable[[PassRecord, Program], None] | None = None,
+    *,
+    dump_to: Path | None = None,
 ) -> PipelineResult:
-    """Run `passes` in order, verifying the graph after each; `observe` is called with each pass's name and its result.
+    """Run `passes` in order, verifying the graph after each; `observe` is called with each pass's record and result.
 
-    With the environment variable LETHE_DUMP=dir, the graph after each pass is written there as text and for GraphViz.
+    The graph as it was captured and after each pass is written to the folder `dump_to`, or else to that which the
+    environment variable LETHE_DUMP names, if any: as text, for GraphViz, as SVG and as JSON; see `passes.dump`.
 
     Raises:
         UnsupportedGraphError: a pass met what it cannot rewrite correctly.
         VerificationError: a pass left a broken graph; names it, those before it, and the node.
     """
     result = PipelineResult(program)
+    folder = dump_to or (Path(os.environ["LETHE_DUMP"]) if os.environ.get("LETHE_DUMP") else None)
+    if folder is not None:
+        dump(program, folder / f"00-{CAPTURED}")
     for index, step in enumerate(passes):
         outcome = step.run(result.program)
         result.program = outcome.program
@@ -82,21 +92,13 @@ def run_pipeline(
             earlier = [p.name for p in passes[:index]]
             raise VerificationError(error.reason, pass_name=step.name, earlier=earlier, node=error.node) from error
         nodes = len(result.program.graph.nodes)
-        result.records.append(PassRecord(step.name, outcome.matches, outcome.refusals, nodes))
-        if folder := os.environ.get("LETHE_DUMP"):
-            dump(result.program.graph, Path(folder) / f"{index:02d}-{step.name}")
+        record = PassRecord(step.name, outcome.matches, outcome.refusals, nodes)
+        result.records.append(record)
+        if folder is not None:
+            dump(result.program, folder / f"{index + 1:02d}-{step.name}", asdict(record))
         if observe is not None:
-            observe(step.name, result.program)
+            observe(record, result.program)
     return result
-
-
-def dump(graph: fx.Graph, path: Path) -> None:
-    """Write a graph as text to `path`.txt, and for GraphViz to `path`.dot."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".txt").write_text(f"{graph}\n")
-    nodes = [f'  "{node.name}" [label="{node.name}\\n{node.target}"]' for node in graph.nodes]
-    edges = [f'  "{source.name}" -> "{node.name}"' for node in graph.nodes for source in node.all_input_nodes]
-    path.with_suffix(".dot").write_text("\n".join(["digraph {", "  node [shape=box]", *nodes, *edges, "}", ""]))
 
 
 def refuse(reason: str, program: Program, layer: int, hint: str | None = None) -> UnsupportedGraphError:

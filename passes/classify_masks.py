@@ -62,7 +62,8 @@ class ClassifyMasks:
             sites.append(replace(site, mask=mask, slopes=_slopes(program, site)))
             window = "" if mask.window is None else f", window {mask.window}"
             biased = "" if site.node.args[BIAS] is None else ", ALiBi"
-            notes.append(Note(site.node.name, f"{mask.kind}{window}{biased}: proved on {operand.name}", site.layer))
+            text = f"{mask.kind}{window}{biased}: proved on {operand.name}, {mask.evidence}"
+            notes.append(Note(site.node.name, text, site.layer))
         for site in sites:
             if not site.content:
                 site.node.update_arg(3, None)
@@ -98,7 +99,8 @@ def prove(program: Program, mask: fx.Node) -> Mask:
         longest = min(constants.tables)
         if longest > _LONGEST:
             raise NotABand(f"its mask is a stored table of {longest} tokens, too long to prove (at most {_LONGEST})")
-        return replace(_band(program, mask, longest), longest=longest)
+        found = _band(program, mask, longest)
+        return replace(found, longest=longest, evidence=f"{found.evidence}; a stored table of {longest} tokens")
     if constants.large:
         return _follow(program, mask, constants)
     return _band(program, mask, _sample_length(constants, {}))
@@ -125,12 +127,14 @@ def _follow(program: Program, mask: fx.Node, constants: Constants) -> Mask:
     tokens = max(_sample_length(constants, choice) for choice in choices)
     bands = [_band(program, mask, tokens, substitution(choice)) for choice in choices]
     widths = [band.window for band in bands]
+    varied = "its constants " + ", ".join(map(str, large)) + " replaced by small ones, twice"
     if widths == [None, None]:
-        return Mask()
+        return Mask(evidence=f"{bands[0].evidence}; {varied}")
     for constant in large:
         offsets = {width - choice[constant] for width, choice in zip(widths, choices, strict=True) if width is not None}
         if None not in widths and len(offsets) == 1 and bands[0].chunked == bands[1].chunked:
-            return replace(bands[0], window=constant + offsets.pop())
+            evidence = f"{bands[0].evidence}; {varied}: the window follows {constant}"
+            return replace(bands[0], window=constant + offsets.pop(), evidence=evidence)
     raise NotABand(f"its mask is a band of {widths} tokens that follows none of the constants {large}")
 
 
@@ -139,8 +143,8 @@ def _band(
 ) -> Mask:
     """What the mask is on samples of `tokens` and fewer tokens."""
     padded = any(n.op == "placeholder" and n.target == "attention_mask" for n in ancestors(mask, stop=SHAPE_ONLY))
-    found = Mask()
-    for length in (tokens, max(1, tokens - tokens // 4)):
+    found, lengths = Mask(), (tokens, max(1, tokens - tokens // 4))
+    for length in lengths:
         inputs = sample_inputs(length, padding=min(_PADDING, length // 2) if padded else 0, device=program.device)
         try:
             value = evaluate(program.module, mask, inputs, substitute)
@@ -151,7 +155,8 @@ def _band(
             found = band
         elif band != (Mask() if found.window is None or found.window >= length else found):
             raise NotABand("its mask depends on the length of the sequence")
-    return found
+    padding = ", padded left and right" if padded else ""
+    return replace(found, evidence=f"evaluated element by element for {lengths[0]} and {lengths[1]} tokens{padding}")
 
 
 def _allowed(mask: Tensor, tokens: int) -> Tensor:

@@ -115,7 +115,7 @@ class _Rewriter:
         node.update_arg(BIAS, bias)
         if not bands:
             raise NotABand("its mask depends on the content of the sequence, and nothing in it hides later tokens")
-        mask = bands.pop() if len(bands) == 1 else Mask()
+        mask = bands.pop() if len(bands) == 1 else Mask(evidence="each band in it was evaluated element by element")
         columns = -(-self._width // self._site.kv_heads)
         return replace(self._site, mask=mask, content=True, columns=columns)
 

@@ -14,12 +14,14 @@ from lethe_compile.passes.base import Note, PassResult
 from lethe_compile.passes.mask_terms import split_mask
 from lethe_compile.passes.program import (
     SITE_OP,
+    SOFTMAX,
     Program,
     Site,
     argument,
     attribute,
     is_call,
     is_symbolic,
+    may_be_attention,
     module_path,
     remove_dead,
     same_size,
@@ -28,11 +30,10 @@ from lethe_compile.passes.program import (
     with_cache_groups,
 )
 from lethe_compile.passes.reading import NotAttention
-from lethe_compile.passes.softmax_attention import SOFTMAX, locate
+from lethe_compile.passes.softmax_attention import locate
 
 aten = torch.ops.aten
 
-_LOG_SOFTMAX = (aten.log_softmax, aten._log_softmax)
 _HINT = "use scaled_dot_product_attention, or transformers' attention interface"
 
 
@@ -64,7 +65,7 @@ class LocateAttention:
                 sites.append(_site(program, node, layer, "interface"))
             elif is_call(node, aten.scaled_dot_product_attention):
                 sites.append(_site(program, _from_sdpa(program, node, layer), layer, "sdpa"))
-            elif node.users and is_call(node, *SOFTMAX) and _may_be_attention(node):
+            elif node.users and is_call(node, *SOFTMAX) and may_be_attention(node):
                 sites.append(_site(program, _from_softmax(program, node, layer), layer, "softmax"))
             else:
                 _refuse_unknown(program, node, layer)
@@ -145,21 +146,12 @@ def _refuse_unknown(program: Program, node: fx.Node, layer: int) -> None:
     """Refuse what may be attention and is no site: nothing may be left unpruned without a word."""
     if node.op == "get_attr" and isinstance(region := attribute(program.module, str(node.target)), fx.GraphModule):
         for inner in _nodes(region):
-            if _may_be_attention(inner) or is_call(inner, SITE_OP, aten.scaled_dot_product_attention):
+            if may_be_attention(inner) or is_call(inner, SITE_OP, aten.scaled_dot_product_attention):
                 user = next(iter(node.users))
                 raise _refusal(inner, layer, f"attention inside the region of '{user.name}' ({user.target})", _HINT)
-    elif _may_be_attention(node):
+    elif may_be_attention(node):
         shape = ", ".join(map(str, shape_of(node)))
         raise _refusal(node, layer, f"{node.target} [{shape}] is attention in a form that is not recognised", _HINT)
-
-
-def _may_be_attention(node: fx.Node) -> bool:
-    """Whether `node` is a softmax over tokens, or an operator that calls itself attention."""
-    if is_call(node, *SOFTMAX, *_LOG_SOFTMAX):
-        shape, dim = shape_of(node), argument(node, 1, "dim")
-        return len(shape) >= 3 and is_symbolic(shape[dim])
-    known = is_call(node, SITE_OP, aten.scaled_dot_product_attention)
-    return node.op == "call_function" and not known and "attention" in str(node.target)
 
 
 def _nodes(region: fx.GraphModule) -> Iterator[fx.Node]:

@@ -65,7 +65,10 @@ def _note(site: StepSite, layer: int, least: int) -> Note:
     cache = site.key.cache
     kind = cache.kind if cache.room is None else f"{cache.kind}, room for {cache.room} tokens"
     mask = site.band.kind if site.band.window is None else f"{site.band.kind}, window {site.band.window}"
-    text = f"'{cache.state.name}' and '{site.value.cache.state.name}' gone ({kind}); the step's mask: {mask}"
+    text = (
+        f"'{cache.state.name}' and '{site.value.cache.state.name}' gone ({kind});"
+        f" the step's mask: {mask}, {site.band.evidence}"
+    )
     if least and cache.kind == "shift":
         text += f", captured for {least} tokens before it or more, and completed for fewer"
     return Note(site.result.name, text, layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ SHAPE_ONLY = (
     *(torch.ops.aten.empty_like, torch.ops.aten.new_ones, torch.ops.aten.new_zeros, torch.ops.aten.new_full),
     torch.ops.aten.new_empty,
 )
+SOFTMAX = (torch.ops.aten.softmax, torch.ops.aten._softmax, torch.ops.aten._safe_softmax)
+_LOG_SOFTMAX = (torch.ops.aten.log_softmax, torch.ops.aten._log_softmax)
 STATE_OPS = (*WRITING_OPS, COLUMNS_OP, VISIBLE_OP)  # those that write the state, and those that only read it
 
 
@@ -41,6 +43,7 @@ class Mask:
     window: int | None = None
     longest: int | None = None  # tokens that a mask stored as a table was made for
     chunked: bool = False
+    evidence: str = field(default="", compare=False)  # what was evaluated to prove it
 
     @property
     def kind(self) -> str:
@@ -71,6 +74,7 @@ class Site:
     cache_group: int = 0  # which page pool: layers of one geometry share one
     cache: int = 0  # which cache, of those that layers have of their own
     shares: bool = False  # it attends to the cache of an earlier layer, whose keys and values are its own too
+    kv_parts: int = 1  # ranks of tensor parallelism that hold different KV heads of it: so many times its own in all
     keep_sets: int = 1  # rows of the cache that one sequence has in it: 1, or one for each KV head
 
     @property
@@ -185,6 +189,15 @@ def is_call(node: Any, *targets: Any) -> bool:
         return False
     packet = getattr(node.target, "overloadpacket", None)
     return any(node.target is t or (packet is not None and packet is t) for t in targets)
+
+
+def may_be_attention(node: fx.Node) -> bool:
+    """Whether `node` is a softmax over tokens, or an operator that calls itself attention; not one of a known form."""
+    if is_call(node, *SOFTMAX, *_LOG_SOFTMAX):
+        shape, dim = shape_of(node), argument(node, 1, "dim")
+        return len(shape) >= 3 and is_symbolic(shape[dim])
+    known = is_call(node, SITE_OP, torch.ops.aten.scaled_dot_product_attention)
+    return node.op == "call_function" and not known and "attention" in str(node.target)
 
 
 def ancestors(node: fx.Node, stop: Collection[Any] = (), within: Collection[fx.Node] = ()) -> list[fx.Node]:

@@ -28,7 +28,6 @@ from lethe_compile.passes.reading import DENYING, NotAttention, Reading, as_node
 
 aten = torch.ops.aten
 
-SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax)
 _PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm, aten.einsum)
 _SAME = (aten.to, aten.type_as, aten._to_copy, aten.contiguous, aten.clone, aten.dropout)
 _VIEWS = (aten.reshape, aten.flatten, aten.unflatten, aten.unsqueeze, aten.squeeze)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -38,10 +38,12 @@ def prove(steps: Steps, mask: StepMask | None, key: Read) -> Mask:
     found = _band(rows)
     for past, row in rows.items():
         _expect(row, past, found)
+    evidence = f"evaluated with {len(rows)} numbers of tokens before the step, up to {max(rows)}"
     if mask is not None and steps.reads(mask.node, "attention_mask"):
+        evidence += ", some of them padding"
         for past in [p for p in rows if p < _DENSE][_PADDING::7]:
             _expect(_visible(steps, mask, key, past, padding=_PADDING), past, found, hidden=_PADDING)
-    return found
+    return replace(found, evidence=evidence)
 
 
 def _pasts(steps: Steps, mask: StepMask | None, key: Read) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lethe_compile as lethe
 from lethe_compile.models.plain_decoder import PlainDecoder
-from lethe_compile.policies import FullPolicy, LethePolicy, Policy, RoundState, register
+from lethe_compile.policies import FullPolicy, Policy, RoundState, register
 from lethe_compile.policies.base import Counts
 from lethe_compile.tools._replay import Evictions
 from lethe_compile.tools._replay import replay as replay_softmaxes
@@ -52,18 +52,10 @@ class PickyHeads(Policy):
 
 
 @register
-class LetheHeads(LethePolicy):
-    """Lethe with scores, thresholds and keep-sets of each KV head."""
-
-    name = "lethe-per-head"
-    per_head = True
-
-
-@register
 class FullHeads(FullPolicy):
     """Evicts nothing that a query could still see, with every KV head a row of the cache."""
 
-    name = "full-per-head"
+    name = "full-heads"
     per_head = True
 
 

@@ -24,7 +24,7 @@ REFUSED: dict[str, list[Any]] = {
     "sink_tokens": [-1, 1025, 4.0, True, None],
     "prune_threshold": [0, -128, 128.0, True, "128", None],
     "prune_interval": [0, -1, 32.0, True],
-    "max_tokens": [0, -1, 43, 512.0, True, "512"],  # 43 = 32 + 4 + 8 - 1
+    "max_tokens": [0, -1, 19, 512.0, True, "512"],  # 19 = 8 + 4 + 8 - 1
     "budget": [0, -1, 4096.0, 0.0, -0.5, math.nan, True, "4096", "0B", "64 mib", "MiB", "-1MiB", "0.1B"],
     "paper_literal": [0, 1, "yes", None],
     "protect_prompt": [0, 1, "no", None],
@@ -81,7 +81,7 @@ def test_every_field_is_covered() -> None:
         ("recent_ratio", 1.5, "a number in [0, 1]"),
         ("segments", 1, "an integer in 2..1024"),
         ("page_size", 12, "a power of two in 1..256"),
-        ("max_tokens", 40, "None or an integer >= 44 (prune_interval 32 + sink_tokens 4 + 8)"),
+        ("max_tokens", 19, "None or an integer >= 20 (prune_interval 8 + sink_tokens 4 + 8)"),
     ],
 )
 def test_message_states_the_range(name: str, value: Any, allowed: str) -> None:
@@ -94,7 +94,8 @@ def test_message_states_the_range(name: str, value: Any, allowed: str) -> None:
     ("settings", "cpu", "gpu"),
     [
         ({}, 32, 128),
-        ({"max_tokens": 44}, 32, 32),
+        ({"max_tokens": 20}, 8, 8),
+        ({"max_tokens": 192}, 24, 24),
         ({"max_tokens": 512}, 32, 64),
         ({"max_tokens": 4096}, 32, 128),
         ({"budget": 10**5}, 32, 32),

@@ -13,7 +13,7 @@ import torch
 
 import lethe_compile as lethe
 from lethe_compile.models.tiny import tiny
-from tests.hybrids import build
+from tests.hybrids import hybrid
 
 CONFIG = lethe.LetheConfig(sparse_ratio=5.0, prune_threshold=16, prune_interval=4, page_size=16)
 FULL = lethe.LetheConfig(policy="full", prune_interval=4, page_size=16)
@@ -63,7 +63,7 @@ def test_tokens_are_those_of_each_prompt_alone(device: torch.device, config: let
 
 @pytest.mark.parametrize("name", ["gemma2", "deepseek_v3", "bamba"])
 def test_other_architectures(device: torch.device, name: str) -> None:
-    model = build(name) if name == "bamba" else tiny(name)
+    model = hybrid(name) if name == "bamba" else tiny(name)
     fast = lethe.optimize(model.to(device), CONFIG, backend="eager", verified=False)
     check_as_alone(fast, {"max_batch": 5, "kv_memory": 64 << 20})
 

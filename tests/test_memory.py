@@ -39,7 +39,7 @@ def fast() -> lethe.OptimizedModel:
 def headed() -> lethe.OptimizedModel:
     """Of two KV heads and one, each with tokens of its own."""
     model = Toy(causal, lambda toy, query, key, value: causal(toy, query, key[:, :1], value[:, :1]))
-    return lethe.optimize(model, CONFIG, policy="lethe-per-head", verified=False)
+    return lethe.optimize(model, CONFIG, policy="lethe-heads", verified=False)
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +300,7 @@ def test_what_was_admitted_never_runs_out_of_pages(
     data: st.DataObject,
 ) -> None:
     model = data.draw(st.sampled_from([fast, windowed, headed]))
-    kind = policy if model is not headed else f"{policy}-per-head"
+    kind = policy if model is not headed else f"{policy}-heads"
     config = replace(CONFIG, page_size=page, prune_interval=interval, policy=kind, paper_literal=literal)
     last = data.draw(st.lists(st.integers(0, new_tokens), min_size=len(lengths), max_size=len(lengths)))
     saved = dict(vars(model))

@@ -67,7 +67,7 @@ def test_pruned_logits_match_the_original_under_a_mask_per_head(pair: tuple[Any,
 def test_lethe_itself_per_head() -> None:
     model, fast = of("plain")
     before = fast.policy
-    fast.policy = make_policy(replace(CONFIG, policy="lethe-per-head", sparse_ratio=1.2, segments=8))
+    fast.policy = make_policy(replace(CONFIG, policy="lethe-heads", sparse_ratio=1.2, segments=8))
     evictions = assert_replay_agrees(model, fast)
     assert evictions.first[0, 1, 0] != evictions.first[0, 1, 1]
     assert fast.policy.thresholds.shape == (3, 3 * 2)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 import lethe_compile as lethe
+from lethe_compile.cache import KVCache
 from lethe_compile.errors import ConfigError, InputError
+from lethe_compile.keep_sets import KeepSets
 from lethe_compile.kernels.select.reference import hoyer_sparsity
 from lethe_compile.models.tiny import tiny
+from lethe_compile.recorder import Sample
+from lethe_compile.recorder_stream import StreamRecorder, load_recorder
 from lethe_compile.runtime import OptimizedModel
 
 CONFIG = lethe.LetheConfig(max_tokens=24, prune_interval=5, page_size=4, protect_prompt=False, decay=0.9)
@@ -123,3 +130,69 @@ def test_full_keeps_no_scores_to_measure(fast: OptimizedModel) -> None:
         fast.reconfigure(CONFIG)
     assert all(sample.sparsity is None for sample in recorder.samples)
     assert np.isnan(recorder.by_layer()[2]).all()
+
+
+def test_a_file_holds_every_round(fast: OptimizedModel, tmp_path: Path) -> None:
+    with fast.recorded(tokens=True) as held:
+        generate(fast)
+    path = tmp_path / "recording.jsonl"
+    with fast.recorded(tokens=True, path=path) as streamed:
+        generate(fast)
+        generate(fast)  # the latest counts
+        np.testing.assert_allclose(streamed.by_layer()[1], held.by_layer()[1])
+    assert streamed.samples == [] and streamed.evictions == [], "nothing is held"
+    np.testing.assert_array_equal(streamed.usage().kv_mean, held.usage().kv_mean)
+    read = load_recorder(path)
+    assert len(read.samples) == len(held.samples) == 8 and len(read.evictions) == len(held.evictions) > 0
+    for mine, theirs in zip(read.samples, held.samples, strict=True):
+        assert mine.step == theirs.step
+        for name in ("active", "before", "after", "seen", "threshold", "sparsity"):
+            np.testing.assert_allclose(getattr(mine, name), getattr(theirs, name), atol=1e-6)
+    for one, other in zip(read.evictions, held.evictions, strict=True):
+        for name in ("layer", "row", "position"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    text = path.read_text()
+    path.write_text(text[:-20])  # as a kill leaves it
+    assert len(load_recorder(path).samples) == 7
+    path.write_text(text.replace('"round"', '"rnd"', 1))
+    with pytest.raises(InputError, match=r"line 3: not a recording .*unknown line 'rnd'"):
+        load_recorder(path)
+    path.write_text("")
+    with pytest.raises(InputError, match="is empty"):
+        load_recorder(path)
+    with pytest.raises(InputError, match="cannot be written: No such file"), fast.recorded(path=tmp_path / "no" / "x"):
+        pass
+
+
+def test_a_long_recording_takes_no_more_memory(tmp_path: Path) -> None:
+    """A MB of rounds leaves as much memory in use as 200 KB of them."""
+    layers, rows = 8, 4
+    sets, token_bytes = KeepSets([1] * layers), np.full((layers, 1), 64)
+    recorder = StreamRecorder(tmp_path / "long.jsonl", token_bytes, 8, sets, True, False)
+    counts = np.full((layers, rows), 500)
+    recorder.begin(counts[0], counts, counts)
+    used = []
+    tracemalloc.start()
+    try:
+        for step in range(1500):
+            seen = counts[0] + step
+            recorder.read(seen, counts, counts)
+            sample = Sample(step, seen > 0, counts + step, counts, np.full((layers, rows), 0.5), seen, counts)
+            recorder.round(sample)
+            if step in (300, 1499):
+                used.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+        recorder.close()
+    assert (tmp_path / "long.jsonl").stat().st_size > 1_000_000
+    assert used[1] - used[0] < 20_000, used
+    assert len(load_recorder(tmp_path / "long.jsonl").samples) == 1500
+
+
+def test_a_round_gathers_scores_once(fast: OptimizedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered = []
+    scores = KVCache.scores
+    monkeypatch.setattr(KVCache, "scores", lambda cache: gathered.append(1) or scores(cache))
+    with fast.recorded() as recorder:
+        generate(fast)
+    assert len(gathered) == len(recorder.samples)

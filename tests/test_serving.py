@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from torch import Tensor
 import lethe_compile as lethe
 from lethe_compile.models.tiny import tiny
 from lethe_compile.serving.loop import Loop
-from tests import per_head  # noqa: F401  (registers its policies)
 from tests.hybrids import CONFIGS as HYBRIDS
+from tests.hybrids import hybrid
 
 CONFIG = lethe.LetheConfig(sparse_ratio=5.0, prune_threshold=16, prune_interval=4, page_size=4)
 CAPPED: dict[str, Any] = {"prune_interval": 4, "page_size": 4, "max_tokens": 24}
@@ -114,12 +115,24 @@ def test_architectures(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(HYBRIDS))
 def test_other_state_joins_and_leaves_with_its_row(name: str) -> None:
-    check_as_alone(lethe.optimize(tiny(name), CONFIG, verified=False))
+    check_as_alone(lethe.optimize(hybrid(name), CONFIG, verified=False))
 
 
 @pytest.mark.slow
 def test_kv_heads_with_tokens_of_their_own() -> None:
-    check_as_alone(lethe.optimize(tiny("llama"), CONFIG, policy="lethe-per-head", verified=False))
+    check_as_alone(lethe.optimize(tiny("llama"), CONFIG, policy="lethe-heads", verified=False))
+
+
+def test_drawn_tokens_survive_a_preemption(fast: lethe.OptimizedModel) -> None:
+    """What is fed again is not drawn again."""
+    options: dict[str, Any] = {"do_sample": True, "temperature": 1.5}
+    right = [alone(fast, prompt(20), 40, seed=seed, **options) for seed in range(4)]
+    memory = fast.cache.bytes_for(np.full((len(fast.caches), 1), 60)) * 2
+    with lethe.Engine(fast, kv_memory=memory, under_pressure="preempt") as engine:
+        each = [engine.submit(prompt(20), max_new_tokens=40, ignore_eos=True, seed=n, **options) for n in range(4)]
+        assert [request.result(SECONDS).tokens for request in each] == right
+        stats = engine.stats()
+    assert stats.preemptions and not stats.pressed and stats.recomputed_tokens
 
 
 def test_stop_tokens_end_a_request_with_them(fast: lethe.OptimizedModel) -> None:
@@ -272,6 +285,12 @@ def test_a_policy_that_couples_rows_is_refused(fast: lethe.OptimizedModel) -> No
         assert alone(fast, prompt(3), 2), "the model is given back"
     finally:
         fast.reconfigure(CONFIG)
+
+
+def test_a_tensor_parallel_model_is_refused(fast: lethe.OptimizedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "ranks", object())
+    with pytest.raises(lethe.ConfigError, match="tensor-parallel"):
+        lethe.Engine(fast)
 
 
 # --- ends ----------------------------------------------------------------------------------------------

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import lethe_compile as lethe
 from lethe_compile.cache import KVCache
+from lethe_compile.executor import DecodeGraph
 from lethe_compile.models.tiny import tiny
+from lethe_compile.serving import batch as serving_batch
 from lethe_compile.serving.job import Job, read_terms
 from lethe_compile.serving.loop import Loop
 from lethe_compile.serving.request import Request
@@ -109,6 +113,50 @@ def check_end(job: Job, right: list[int]) -> None:
         assert job.cancelled and job.request.finish_reason == "cancelled"
     if not job.pressed:
         assert tokens == right[: len(tokens)], job.stats()
+
+
+class Unrecorded(DecodeGraph):
+    """Stands for a CUDA graph: the same step on the same tensors, each time anew."""
+
+    def replay(self, state: Mapping[str, Tensor]) -> Tensor:
+        return self._step(state)
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages from anywhere, steps of bucketed sizes, and tokens that are read only behind the next step's launch."""
+    monkeypatch.setattr(serving_batch, "DecodeGraph", Unrecorded)
+    made, new_cache = Loop.__init__, lethe.OptimizedModel.new_cache
+
+    def scattered(fast: lethe.OptimizedModel) -> KVCache:
+        cache = new_cache(fast)
+        return KVCache(fast._geometries(), page_size=cache.page_size, dtype=fast.dtype, device="cpu", contiguous=False)
+
+    def overlapping(loop: Loop, fast: lethe.OptimizedModel, *args: Any, **options: Any) -> None:
+        made(loop, fast, *args, **options)
+        monkeypatch.setattr(fast, "backend", ("cudagraphs", "for a test"))
+        loop._overlap = True
+
+    monkeypatch.setattr(lethe.OptimizedModel, "new_cache", scattered)
+    monkeypatch.setattr(Loop, "__init__", overlapping)
+
+
+@pytest.mark.parametrize(("policy", "prunes"), [("full", True), ("lethe", False)])
+@pytest.mark.usefixtures("like_a_gpu")
+def test_steps_that_overlap(policy: str, prunes: bool, alone: Callable[[str], Alone]) -> None:
+    expected = alone(policy)
+    loop = make_loop(expected.fast, 3.0, rows=6, chunk=8, prunes=prunes)
+    order = [3, 0, 1, 2, 3, 1, 0, 2]
+    jobs = [
+        (submit(loop, expected.fast, at, PROMPTS[which], LONGEST - 3 * at), which) for at, which in enumerate(order)
+    ]
+    while not loop.idle:
+        step(loop)
+        if loop.counters.steps == 20:
+            jobs[2][0].cancelled = True
+    for job, which in jobs:
+        check_end(job, expected.tokens[which])
+    assert loop.counters.preemptions and loop.counters.cancelled == 1
 
 
 @pytest.mark.slow

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lethe_compile.errors import InputError
+from lethe_compile.settings import read_toml
+from lethe_compile.tools._devices import check_device, default_device
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ def read_options(namespace: argparse.Namespace) -> Options:
     """Raises `InputError` for a sweep file that cannot be read, or a value that is not allowed; names it."""
     given = {name: value for name, value in vars(namespace).items() if value is not None and name != "sweep"}
     sweep = {} if namespace.sweep is None else _read_sweep(namespace.sweep)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    values = {**_DEFAULTS, "device": device, **sweep, **given}
+    values = {**_DEFAULTS, "device": default_device(), **sweep, **given}
     if "model" not in values:
         raise InputError("name a MODEL, on the command line or in the sweep file")
     for name, least in (("problems", 1), ("processes", 1), ("threads", 1), ("pack", 1)):
@@ -74,28 +72,12 @@ def read_options(namespace: argparse.Namespace) -> Options:
         raise InputError(f"time_limit={values['time_limit']!r} is not allowed: must be a number of seconds above 0")
     if values["temperature"] < 0 or not 0 < values["top_p"] <= 1:
         raise InputError("temperature must be 0 or more, and top_p in (0, 1]")
-    _check_device(values["device"])
+    check_device(values["device"])
     return Options(**values)
 
 
-def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"{name!r} is not a device: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name!r}: torch sees no CUDA GPU")
-
-
 def _read_sweep(path: Path) -> Mapping[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"the sweep file {path} cannot be read: {error.strerror}") from error
-    try:
-        values = json.loads(text) if path.suffix == ".json" else _toml(text)
-    except ValueError as error:  # of both parsers; says line and column
-        raise InputError(f"{path}: {error}") from error
+    values = _read_json(path) if path.suffix == ".json" else read_toml(path)
     known = {field.name for field in fields(Options)} - {"out", "no_plots"}
     for name in values:
         if name not in known:
@@ -105,9 +87,10 @@ def _read_sweep(path: Path) -> Mapping[str, Any]:
     return dict(values)
 
 
-def _toml(text: str) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    return tomllib.loads(text)
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # says line and column
+        raise InputError(f"{path}: {error}") from error

@@ -30,9 +30,14 @@ def load_model(name: str) -> Any:
 
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
-    except (OSError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise InputError(f"no model can be loaded from {name!r}: {first} (MODEL is {HELP})") from error
+    except Exception as error:  # damaged weights raise whatever their reader does
+        raise InputError(f"no model can be loaded from {name!r}: {_first_line(error)} (MODEL is {HELP})") from error
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong, in one line; of errors other than of files and values, with their kind."""
+    first = str(error).strip().split("\n")[0]
+    return first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"
 
 
 def load_tokenizer(name: str) -> Any:
@@ -79,4 +84,7 @@ def _from_factory(name: str) -> Any:
         factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise InputError(f"no factory {name!r}: {error} (MODEL is {HELP})") from error
-    return factory().eval()
+    try:
+        return factory().eval()
+    except Exception as error:
+        raise InputError(f"the factory {name!r} makes no model: {_first_line(error)}") from error

@@ -29,7 +29,7 @@ def add_arguments(parser: _Parser) -> None:
     )
 
 
-def options_of(given: Iterable[str]) -> Mapping[str, Any]:
+def options_of(given: Iterable[str], flag: str = "--policy-option") -> Mapping[str, Any]:
     """`NAME=VALUE` each as a mapping; values are JSON where they can be (0.1, true), else text.
 
     Raises:
@@ -39,9 +39,9 @@ def options_of(given: Iterable[str]) -> Mapping[str, Any]:
     for one in given:
         name, equals, value = one.partition("=")
         if not (name and equals):
-            raise InputError(f"--policy-option {one}: must be NAME=VALUE")
+            raise InputError(f"{flag} {one}: must be NAME=VALUE")
         if name in options:
-            raise InputError(f"--policy-option {name} is given twice")
+            raise InputError(f"{flag} {name} is given twice")
         options[name] = _value(value)
     return options
 

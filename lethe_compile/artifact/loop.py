@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,28 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Steps that were run ahead of the host: all ``[steps, rows]``."""
+
+    tokens: Ints
+    active: NDArray[np.bool_]  # rows whose token counts
+    sound: NDArray[np.bool_]  # rows whose logits were finite where it matters
+
+
+@runtime_checkable
+class AheadRunner(Runner, Protocol):
+    """A runner that can go on greedily without the host, which waits for a device once for many steps."""
+
+    def choose_ahead(
+        self, tokens: Ints, next_position: Ints, active: NDArray[np.bool_], ends: Ints, steps: int
+    ) -> Chosen:
+        """Feed `tokens` ``[R]`` of the `active` rows, choose the next, and so on, at most `steps` times.
+
+        A row that has chosen one of `ends` is not active any more. There is room for the tokens.
+        """
+
+
+@dataclass(frozen=True)
 class Generation:
     """What a generation came to."""
 
@@ -58,43 +80,60 @@ def generate(
     runner: Runner,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int = 20,
+    max_new_tokens: int | Sequence[int] = 20,
     sampler: Sampler | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Generation:
     """Continue each of `prompts`, lists of token ids of any lengths; the tokens are those of the optimized model.
 
-    `eos_token_id` overrides the artifact's own; an empty sequence means that no token ends a row. `on_token` hears
-    after each step how many rows got one.
+    `max_new_tokens` holds for all rows, or is a number for each. `eos_token_id` overrides the artifact's own; an empty
+    sequence means that no token ends a row. `on_token` hears after each step how many rows got one.
 
     Raises:
         InputError: a prompt is empty, holds ids outside of the vocabulary, or is too long for the model.
         LetheError: the model computes NaN.
     """
     manifest, sampler = runner.manifest, sampler or Sampler()
-    _check(manifest, prompts, max_new_tokens)
-    loop = _Loop(runner, prompts, sampler, _end_tokens(manifest, eos_token_id))
-    logits = loop.prefill()
-    for step in range(1, max_new_tokens + 1):
-        count = loop.choose(logits, step)
-        if on_token is not None:
-            on_token(count)
-        if step == max_new_tokens or not loop.active.any():
-            break
-        logits = loop.decode(min(max_new_tokens - step, int(manifest.policy["interval"])))
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    _check(manifest, prompts, limits)
+    loop, longest = Loop(runner, prompts, sampler, _end_tokens(manifest, eos_token_id), limits), max(limits)
+    told = on_token or (lambda count: None)
+    alike = min(limits) == longest  # rows that run ahead of the host know no limits of their own
+    ahead = runner if sampler.greedy and alike and isinstance(runner, AheadRunner) else None
+    told(loop.choose(loop.prefill()))
+    while loop.step < longest and loop.active.any():
+        left = longest - loop.step
+        if ahead is not None:
+            for count in loop.run_ahead(ahead, left):
+                told(count)
+        else:
+            told(loop.choose(loop.decode(left)))
     return loop.result()
 
 
-class _Loop:
-    def __init__(self, runner: Runner, prompts: Sequence[Sequence[int]], sampler: Sampler, ends: Ints) -> None:
+class Loop:
+    """One generation, step by step: `prefill`, then `choose` and `decode` in turn.
+
+    Who feeds it from outside sets `tokens` [R] and `active` [R] instead of `choose`; rows never become active again.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        prompts: Sequence[Sequence[int]],
+        sampler: Sampler,
+        ends: Ints,
+        limits: Sequence[int] | None = None,
+    ) -> None:
+        self.limits = np.asarray(limits if limits is not None else [np.iinfo(np.int64).max] * len(prompts))
         self.runner, self.prompts, self.sampler, self.ends = runner, prompts, sampler, ends
         self.prompt_length = np.array([len(prompt) for prompt in prompts], np.int64)
         self.next_position = self.prompt_length.copy()
         self.active = np.ones(len(prompts), np.bool_)
         self.new: list[list[int]] = [[] for _ in prompts]
         self.retained = np.zeros((len(runner.manifest.caches), len(prompts)), np.int64)
-        self.until_round = self.rounds = 0
+        self.until_round = self.rounds = self.step = 0
         self.decay: float = runner.manifest.policy["decay"] or 1.0
 
     def prefill(self) -> Floats:
@@ -129,28 +168,50 @@ class _Loop:
         lengths = self.runner.lengths
         self.retained = np.where(lengths > 0, lengths, self.retained)
 
-    def choose(self, logits: Floats, step: int) -> int:
+    def choose(self, logits: Floats) -> int:
         """Add a token to every active row; how many there were."""
-        broken = self.active & ~np.isfinite(logits.max(axis=1))
+        return self._add(self.sampler.choose(logits), np.isfinite(logits.max(axis=1)))
+
+    def _add(self, tokens: Ints, sound: NDArray[np.bool_]) -> int:
+        self.step += 1
+        broken = self.active & ~sound
         if broken.any():
-            raise LetheError(f"row {int(broken.argmax())}, step {step}: the model's logits are not finite")
-        self.tokens = self.sampler.choose(logits)
+            raise LetheError(f"row {int(broken.argmax())}, step {self.step}: the model's logits are not finite")
+        self.tokens = tokens
         rows = np.flatnonzero(self.active)
         for row in rows:
-            self.new[row].append(int(self.tokens[row]))
-        self.active = self.active & ~np.isin(self.tokens, self.ends)
+            self.new[row].append(int(tokens[row]))
+        self.active = self.active & ~np.isin(tokens, self.ends) & (self.step < self.limits)
         return len(rows)
 
     def decode(self, left: int) -> Floats:
-        if self.until_round == 0:
-            self.round()
-        if self.until_round == int(self.runner.manifest.policy["interval"]):
-            self.runner.reserve(left)
+        """Logits after the tokens that were chosen last; at most `left` more follow."""
+        self._make_room(left)
         self.until_round -= 1
         ids = np.where(self.active, self.tokens, 0)[:, None]
         logits = self.runner.step(ids, self.next_position[:, None], self.active.astype(np.int32), self.decay)
         self.next_position = self.next_position + self.active
         return logits
+
+    def run_ahead(self, runner: AheadRunner, left: int) -> Iterator[int]:
+        """Add as many tokens to the active rows as there are steps until the next round; how many rows, each time."""
+        self._make_room(left)
+        steps = min(left, self.until_round)
+        chosen = runner.choose_ahead(self.tokens, self.next_position, self.active, self.ends, steps)
+        for tokens, active, sound in zip(chosen.tokens, chosen.active, chosen.sound, strict=True):
+            if not active.any():
+                break
+            self.until_round -= 1
+            self.next_position = self.next_position + active
+            yield self._add(tokens, sound)
+
+    def _make_room(self, left: int) -> None:
+        """For the steps until the next round, which is run if it is due."""
+        interval = int(self.runner.manifest.policy["interval"])
+        if self.until_round == 0:
+            self.round()
+        if self.until_round == interval:
+            self.runner.reserve(min(left, interval))
 
     def result(self) -> Generation:
         self._note()
@@ -158,13 +219,13 @@ class _Loop:
         return Generation(ids, self.new, self.retained.tolist(), self.rounds)
 
 
-def _check(manifest: Manifest, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check(manifest: Manifest, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
     if not prompts:
         raise InputError("there is no prompt")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} is not allowed: must be >= 1")
+    if len(limits) != len(prompts) or min(limits) < 1:
+        raise InputError(f"max_new_tokens={limits} is not allowed: must be >= 1, one number or one for each prompt")
     vocab_size, room = manifest.model["vocab_size"], manifest.model["max_positions"]
-    for row, prompt in enumerate(prompts):
+    for row, (prompt, new) in enumerate(zip(prompts, limits, strict=True)):
         if not prompt:
             raise InputError(f"prompt {row} is empty")
         outside = [token for token in prompt if not 0 <= token < vocab_size]
@@ -173,9 +234,9 @@ def _check(manifest: Manifest, prompts: Sequence[Sequence[int]], max_new_tokens:
                 f"prompt {row} holds the id {outside[0]}, outside the vocabulary of {vocab_size} ids: does the"
                 " tokenizer belong to this model?"
             )
-        if room is not None and len(prompt) + max_new_tokens > room:
+        if room is not None and len(prompt) + new > room:
             raise InputError(
-                f"prompt {row} has {len(prompt)} tokens: with {max_new_tokens} new ones that is more than the model's"
+                f"prompt {row} has {len(prompt)} tokens: with {new} new ones that is more than the model's"
                 f" {room} positions"
             )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from math import isnan
+from math import inf, isnan
 from typing import Any, Protocol
 
 import torch
@@ -88,15 +88,9 @@ class ModelEngine:
         """
         if self._cell is None or (self._cell.config, self._cell.batch) != (cell.config, cell.batch):
             self._switch(cell, problems)
-        ids, mask = left_padded([problem.prompt for problem in problems])
-        device = self.fast.device
+        options = {"seed": self.seed, **self._sampling}
         with self.fast.recorded() as recorder:
-            start = time.perf_counter()
-            out = self._generate(ids.to(device), mask.to(device), problems, deadline).cpu()
-            seconds = time.perf_counter() - start
-        written = [
-            self._cut(row, problem) for row, problem in zip(out[:, ids.shape[1] :].tolist(), problems, strict=True)
-        ]
+            written, seconds = write(self.fast, problems, self._end, deadline, **options)
         total = sum(map(len, written))
         usage = recorder.usage()
         records = []
@@ -118,32 +112,49 @@ class ModelEngine:
         elif self._cell is None or self._cell.config != cell.config:
             self._made[kind].reconfigure(cell.config)
         self.fast, self._cell = self._made[kind], cell
-        self._end = _end_tokens(self.fast, self.tokenizer)
+        self._end = end_tokens(self.fast, self.tokenizer)
         if first or self.fast.device.type == "cuda":
-            ids, mask = (t.to(self.fast.device) for t in left_padded([problem.prompt for problem in problems]))
-            self.fast.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0)
-
-    def _generate(self, ids: Tensor, mask: Tensor, problems: Sequence[Problem], deadline: float) -> Tensor:
-        limits = torch.tensor([ids.shape[1] + problem.max_new_tokens for problem in problems], device=ids.device)
-        out: Tensor = self.fast.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=max(problem.max_new_tokens for problem in problems),
-            stopping_criteria=[RowLimits(limits, deadline)],
-            eos_token_id=sorted(self._end) or None,
-            pad_token_id=next(iter(sorted(self._end)), 0),
-            seed=self.seed,
-            **self._sampling,
-        )
-        return out
-
-    def _cut(self, row: list[int], problem: Problem) -> list[int]:
-        """The new tokens of a row up to its end, that included."""
-        end = next((place for place, token in enumerate(row) if token in self._end), len(row))
-        return row[: min(end + 1, problem.max_new_tokens)]
+            warm_up(self.fast, problems)
 
 
-def _end_tokens(fast: OptimizedModel, tokenizer: Any) -> frozenset[int]:
+def warm_up(fast: OptimizedModel, problems: Sequence[Problem]) -> None:
+    """Two steps of this batch, which compile and record what its generation replays."""
+    ids, mask = (t.to(fast.device) for t in left_padded([problem.prompt for problem in problems]))
+    fast.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0)
+
+
+def write(
+    fast: OptimizedModel, problems: Sequence[Problem], end: frozenset[int], deadline: float = inf, **options: Any
+) -> tuple[list[list[int]], float]:
+    """New tokens of each problem, up to and with the first of `end`, from one batch; and the seconds that it took.
+
+    `options` go to `generate`. Raises `OutOfTime` once `time.monotonic()` passes `deadline`.
+    """
+    ids, mask = left_padded([problem.prompt for problem in problems])
+    columns = ids.shape[1]
+    limits = torch.tensor([columns + problem.max_new_tokens for problem in problems], device=fast.device)
+    start = time.perf_counter()
+    out: Tensor = fast.generate(
+        ids.to(fast.device),
+        attention_mask=mask.to(fast.device),
+        max_new_tokens=max(problem.max_new_tokens for problem in problems),
+        stopping_criteria=[RowLimits(limits, deadline)],
+        eos_token_id=sorted(end) or None,
+        pad_token_id=next(iter(sorted(end)), 0),
+        **options,
+    )
+    rows = out[:, columns:].tolist()
+    seconds = time.perf_counter() - start
+    return [_cut(row, problem, end) for row, problem in zip(rows, problems, strict=True)], seconds
+
+
+def _cut(row: list[int], problem: Problem, end: frozenset[int]) -> list[int]:
+    """The new tokens of a row up to its end, that included."""
+    last = next((place for place, token in enumerate(row) if token in end), len(row))
+    return row[: min(last + 1, problem.max_new_tokens)]
+
+
+def end_tokens(fast: OptimizedModel, tokenizer: Any) -> frozenset[int]:
     """Ids that end a sequence, by the model's generation config, else by the tokenizer."""
     for source in (fast.generation_config, tokenizer):
         ids = token_ids(getattr(source, "eos_token_id", None), torch.device("cpu"))

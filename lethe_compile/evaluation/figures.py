@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from lethe_compile.evaluation.cells import FULL, Cell
 from lethe_compile.evaluation.journal import Record
@@ -140,6 +139,8 @@ def estimate(values: Floats, seed: int, lowest: float = 0.0) -> Estimate:
     Where all are alike the bootstrap has nothing to draw from and would claim certainty. The interval then reaches as
     far as Clopper and Pearson's for something never seen in n observations.
     """
+    from scipy import stats
+
     mean = float(values.mean())
     if len(values) > 1 and np.ptp(values) > 0:
         drawn = stats.bootstrap(
@@ -155,6 +156,8 @@ def mcnemar(mine: Floats, theirs: Floats) -> float | None:
     """Two-sided exact p value that paired outcomes [n] differ by chance only; None unless all are 0 or 1."""
     if not np.isin(np.concatenate([mine, theirs]), (0.0, 1.0)).all():
         return None
+    from scipy import stats
+
     won, lost = int((mine > theirs).sum()), int((mine < theirs).sum())
     return float(stats.binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0
 

@@ -26,8 +26,15 @@ class Grade:
     answer: str
 
 
+class Grader(Protocol):
+    """Says how good an answer is."""
+
+    def grade(self, problem: Problem, tokens: list[int], tokenizer: Any) -> Grade:
+        """Grades new `tokens`, the end-of-sequence id included where there was one."""
+
+
 @runtime_checkable
-class Task(Protocol):
+class Task(Grader, Protocol):
     """A source of problems. Must be picklable: worker processes grade."""
 
     name: str
@@ -37,6 +44,3 @@ class Task(Protocol):
 
         Raises `InputError` where there are fewer, or where the tokenizer cannot serve.
         """
-
-    def grade(self, problem: Problem, tokens: list[int], tokenizer: Any) -> Grade:
-        """Grades new `tokens`, the end-of-sequence id included where there was one."""

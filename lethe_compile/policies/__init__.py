@@ -17,7 +17,7 @@ from lethe_compile.policies.budgeted import BudgetedPolicy, RankedPolicy
 from lethe_compile.policies.full import FullPolicy
 from lethe_compile.policies.h2o import H2OPolicy
 from lethe_compile.policies.lethe import LethePolicy
-from lethe_compile.policies.lethe_variants import BudgetsOnlyPolicy, RasrOnlyPolicy, UniformPolicy
+from lethe_compile.policies.lethe_variants import BudgetsOnlyPolicy, HeadsPolicy, RasrOnlyPolicy, UniformPolicy
 from lethe_compile.policies.morph import MorphPolicy
 from lethe_compile.policies.pyramid import PyramidPolicy
 from lethe_compile.policies.random import RandomPolicy
@@ -92,6 +92,7 @@ for _policy in (
     BudgetsOnlyPolicy,
     RasrOnlyPolicy,
     UniformPolicy,
+    HeadsPolicy,
     FullPolicy,
     StreamingPolicy,
     H2OPolicy,

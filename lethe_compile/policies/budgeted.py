@@ -43,7 +43,7 @@ class BudgetedPolicy(Policy):
         everything = trimmed_by_window(
             super().least_tokens(prompts, new_tokens, windows), prompts, windows, self.config.interval
         )
-        return self._caps.most(everything)
+        return self._caps.most(everything, prompts)
 
     def _follow(self, device: torch.device) -> None:
         """Keep the state where the scores are; it moves once in a generation."""

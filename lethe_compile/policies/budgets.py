@@ -55,8 +55,9 @@ class Caps:
                 f" {config.cap_floor} tokens (prune_interval + sink_tokens + {MIN_RETAINED})"
             )
 
-    def most(self, everything: Counts) -> Counts:
-        """[L, R] tokens that the caps let each layer and row hold of `everything` [L, R]; a budget in equal parts."""
+    def most(self, everything: Counts, prompts: Counts) -> Counts:
+        """[L, R] tokens that the caps let each layer and row hold of `everything` [L, R], `prompts` [R] of it prompt; a
+        budget in equal parts."""
         held, cost = everything, np.array(self._cost)[:, None]
         if self._ceilings is not None:
             held = np.minimum(held, np.array(self._ceilings)[:, None])
@@ -67,7 +68,8 @@ class Caps:
         else:
             assert isinstance(self.config.budget, float)
             share = ((everything * cost).sum(0) * self.config.budget).astype(np.int64)
-            amount = np.maximum(share, self.config.cap_floor * int(cost.sum()))
+            least = prompts * self.config.protect_prompt + self.config.cap_floor
+            amount = np.maximum(share, least * int(cost.sum()))
         each: Counts = np.minimum(held, -(-amount // int(cost.sum())))
         return each
 
@@ -122,9 +124,11 @@ class Caps:
         share = self.config.budget
         assert isinstance(share, float)
         seen = state.next_position + self.config.interval  # [R]
-        full = torch.minimum(seen, state.window_sizes()) * self._costs(seen)  # [L, R]
-        floor = self.config.cap_floor * sum(self._cost)
-        return (full.sum(0).double() * share).floor().long().clamp(min=floor)
+        costs, windows = self._costs(seen), state.window_sizes()
+        full = torch.minimum(seen, windows) * costs  # [L, R]
+        protected = torch.minimum(state.prompt_length * self.config.protect_prompt, windows)  # [L, R]
+        least = ((protected + self.config.cap_floor) * costs).sum(0)
+        return torch.maximum((full.sum(0).double() * share).floor().long(), least)
 
 
 def share_budget(budget: Tensor | int, weight: Tensor, floor: int, cost: Tensor | None = None) -> Tensor:

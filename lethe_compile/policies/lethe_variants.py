@@ -1,4 +1,4 @@
-"""Lethe with one part switched off: names for ablations, each a set of other defaults of `LetheOptions`.
+"""Lethe per KV head, and Lethe with one part switched off: names for ablations, each with other `LetheOptions`.
 
 The two parts are layerwise budgets and RASR, the decayed score. What stays in `LetheConfig` is separable
 there: `decay=1` never forgets, `score="sum"` is the paper's score, `paper_literal` its batch-wide choice.
@@ -7,9 +7,20 @@ there: `decay=1` never forgets, `score="sum"` is the paper's score, `paper_liter
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lethe_compile.policies.lethe import LetheOptions, LethePolicy
 from lethe_compile.settings import BOOL, one_of, setting
+
+
+class HeadsPolicy(LethePolicy):
+    """Lethe where every KV head keeps tokens of its own: scores, breakpoints and caps are those of a head.
+
+    A token that one head reads costs nothing in the others; in return each head has a page table and lengths.
+    """
+
+    name = "lethe-heads"
+    per_head: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

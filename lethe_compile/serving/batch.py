@@ -9,14 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lethe_compile.cache import Rows
+from lethe_compile.cache import Compaction, Rows
 from lethe_compile.executor import DecodeGraph, Executor
 from lethe_compile.ledger import Counts
 from lethe_compile.policies.base import RoundState
-from lethe_compile.pool import sent
 from lethe_compile.runtime import OptimizedModel, bucket
 from lethe_compile.serving.row_policy import RowPolicy
 from lethe_compile.states import States
+from lethe_compile.transfers import sent
 
 _WARM = 16  # tokens of a prompt that only warms up
 
@@ -67,6 +67,7 @@ class Batch:
         self.fed, self.until_round, self.left = (np.zeros(size, np.int64) for _ in range(3))
         self.live: NDArray[np.bool_] = np.zeros(size, np.bool_)
         self._graphs: dict[int, DecodeGraph] = {}
+        self._rounds: list[tuple[list[int], Compaction]] = []  # whose outcome is on its way
 
     def warm_up(self) -> None:
         """Compile and record what requests will need, with rows that hold nothing."""
@@ -202,9 +203,16 @@ class Batch:
         self.states.has_previous_state = True
         if self.fast.backend[0] == "cudagraphs":
             return self._replay()
-        furthest = int(self.fed[: self.used].max())
-        state = self.fast.graph_state(self.cache, self.states, self.used, furthest=furthest)
-        at = slice(0, self.used)
+        if self.fast.needs_content:
+            # What a mask by content makes of a row can depend on the longest one beside it, as in transformers: alone.
+            return torch.cat([self._step(row, 1) for row in range(self.used)])
+        return self._step(0, self.used)
+
+    def _step(self, first: int, rows: int) -> Tensor:
+        """Logits of one token of rows from the `first` on."""
+        at = slice(first, first + rows)
+        furthest = int(self.fed[at].max())
+        state = self.fast.graph_state(self.cache, self.states, rows, first=first, furthest=furthest)
         active, positions = self.active[at], self.next_position[at].clone()
         ids = self.tokens[at].masked_fill(~active, 0)[:, None]
         logits = self._executor.run(ids, positions[:, None], active.to(torch.int32), state)
@@ -237,15 +245,18 @@ class Batch:
         """Live rows whose round comes before the next step."""
         return np.flatnonzero(self.live[: self.used] & (self.until_round[: self.used] == 0)).tolist()
 
-    def round(self, sequences: list[int], limit: int | None = None) -> list[Evicted]:
-        """A round of these rows; with a `limit`, one for lack of pages, which changes no schedule."""
+    def round(self, sequences: list[int], limit: int | None = None, *, wait: bool = True) -> list[Evicted]:
+        """A round of these rows; with a `limit`, one for lack of pages, which changes no schedule.
+
+        Without `wait`, what it did is told by `settle`.
+        """
         rows = self.rows(sequences)
         which = sent(np.asarray(sequences, np.int64), self.device)
-        sets, windows = self.fast.keep_sets, self.fast.windows
-        prompts, following, active = (sets.spread(x[which]) for x in (self._prompts, self.next_position, self.active))
+        of = (self._prompts[which], self.next_position[which], self.active[which])
+        prompts, following, active = map(self.fast.keep_sets.spread, of)
         state = RoundState(
             *self.cache.scores(rows),
-            windows,
+            self.fast.windows,
             prompts,
             following,
             active,
@@ -253,11 +264,28 @@ class Batch:
             heads=self._heads,
         )
         least = None if limit is None else torch.full_like(state.length, limit)
-        (before,) = self.cache.compact(self.policy.round(rows, state, least), rows=rows)
-        lost = (before - self.cache.lengths[:, rows.on_host]).sum(0).reshape(-1, self._heads).sum(1)  # [sequences]
+        self._rounds.append((sequences, self.cache.compact_later(self.policy.round(rows, state, least), rows)))
         if limit is None:
             self.until_round[sequences] = self.interval
-        return [Evicted(row, int(tokens)) for row, tokens in zip(sequences, lost.tolist(), strict=True)]
+        return self.settle() if wait else []
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether a round was not waited for yet."""
+        return bool(self._rounds)
+
+    def settle(self) -> list[Evicted]:
+        """Wait for the rounds that nobody has waited for, and give back the pages that they emptied.
+
+        Rows must neither leave nor move before that.
+        """
+        evicted: list[Evicted] = []
+        for sequences, done in self._rounds:
+            dropped = self.cache.settle(done, self.needs(np.zeros(self.used, np.int64)))  # [layers, rows]
+            lost = dropped.sum(0).reshape(-1, self._heads).sum(1)  # [sequences]
+            evicted += [Evicted(row, int(tokens)) for row, tokens in zip(sequences, lost.tolist(), strict=True)]
+        self._rounds.clear()
+        return evicted
 
     def retained(self) -> Counts:
         """[size] tokens that all layers of each row hold together, as the host bounds them."""

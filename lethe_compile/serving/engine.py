@@ -63,10 +63,14 @@ class Engine:
     request that pressure has pruned harder (`RequestStats.pressed` above 0): with `under_pressure="preempt"` there is
     none, unless a request does not fit even alone without.
 
+    Models whose layers keep other state run their prompts whole; those with masks by content take steps row by row,
+    since such a mask can depend on the longest row of a batch. Where rotary frequencies change with the length,
+    requests beyond the first range are refused.
+
     Raises:
-        ConfigError: a setting that is not allowed; a policy that couples rows (`paper_literal`).
-        UnsupportedGraphError: a model whose rows cannot be served apart; says why.
-        InputError: the model is generating.
+        ConfigError: a setting that is not allowed; a policy that couples rows (`paper_literal`); a model whose heads
+            are split over ranks.
+        InputError: the model is generating, or another engine's.
     """
 
     def __init__(
@@ -88,6 +92,11 @@ class Engine:
         if under_pressure not in ("prune", "preempt"):
             raise ConfigError(f"under_pressure={under_pressure!r} is not allowed: must be 'prune' or 'preempt'")
         check_kv_memory(kv_memory)
+        if fast.ranks is not None:
+            raise ConfigError(
+                "an Engine cannot serve a tensor-parallel model: each rank would admit and preempt by itself, and ranks"
+                " must take the same steps. Run one Engine for each GPU, or generate in batches"
+            )
         self.fast, self.max_batch, self.max_length, self._max_queue = fast, max_batch, max_length, max_queue
         self._tokenizer = tokenizer
         self._limit = min([x for x in (fast.max_positions, fast.restart_at, max_length) if x], default=None)

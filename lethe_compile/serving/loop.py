@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lethe_compile.errors import InputError, LetheError
 from lethe_compile.executor import Executor
-from lethe_compile.pool import sent
 from lethe_compile.runtime import OptimizedModel
 from lethe_compile.serving.batch import Batch
 from lethe_compile.serving.job import Job
@@ -24,6 +23,7 @@ from lethe_compile.serving.request import FinishReason, TokenLogprobs
 from lethe_compile.serving.sampler import Sampler, vectorised
 from lethe_compile.serving.scheduler import Scheduler
 from lethe_compile.serving.stats import Counters, RequestStats, Times
+from lethe_compile.transfers import Fetched, sent
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,8 @@ class Sent:
     """A step's outcome on its way to the host."""
 
     jobs: list[tuple[int, Job, bool]]  # column, job, and whether its token is news
-    packed: Tensor  # [3, B]: tokens, whether scores were sound, whether a stop token came
+    packed: Fetched  # [3, B]: tokens, whether scores were sound, whether a stop token came
     logprobs: dict[int, tuple[Tensor, Tensor, Tensor]]  # by column: of the token, of the likeliest, and which these are
-    arrived: torch.cuda.Event | None
 
 
 class Loop:
@@ -55,10 +54,13 @@ class Loop:
         self._fast, self.counters, self.times = fast, counters, times
         self.batch = Batch(fast, executor, max_batch, max_bytes, longest)
         flush, fail = self.flush, self.fail
-        self.scheduler = Scheduler(fast, self.batch, counters, times, prunes=prunes, flush=flush, fail=fail)
-        self._chunk, self._whole = prefill_chunk, bool(fast.stateful)
-        self._sampler = Sampler(fast.vocab_size, fast.device)
         self._overlap = fast.device.type == "cuda"
+        self.scheduler = Scheduler(
+            fast, self.batch, counters, times, prunes=prunes, waits=lambda: not self._overlap, flush=flush, fail=fail
+        )
+        self._chunk, self._alone = prefill_chunk, fast.needs_content
+        self._whole = bool(fast.stateful) or self._alone
+        self._sampler = Sampler(fast.vocab_size, fast.device)
         self._sent: deque[Sent] = deque()
         self._ended: deque[tuple[Job, FinishReason, RequestStats, BaseException | None]] = deque()
         self._stops = torch.zeros(0, 1, dtype=torch.int64, device=fast.device)
@@ -81,6 +83,7 @@ class Loop:
         if scheduler.prepare():
             self._decode()
         self._read(behind=1 if self._overlap and self.batch.live.any() else 0)
+        scheduler.settle()
         scheduler.sweep()
 
     def tell(self) -> None:
@@ -104,7 +107,7 @@ class Loop:
         """Jobs from `row` on that are run at once: several only if all begin, and end within the budget."""
         jobs = [self.scheduler.rows[row]]
         longest = len(jobs[0].source)
-        if jobs[0].filled or longest > budget or self.batch.observed_from(longest):
+        if self._alone or jobs[0].filled or longest > budget or self.batch.observed_from(longest):
             return jobs
         for job in self.scheduler.rows[row + 1 :]:
             longest = max(longest, len(job.source))
@@ -178,7 +181,8 @@ class Loop:
             job.chosen += 1
             self._go_on(first + column, job)
         self.batch.active[at].logical_and_(~stopped)
-        self._send(news, torch.stack([tokens, sound.long(), stopped.long()]), logprobs)
+        packed = Fetched(torch.stack([tokens, sound.long(), stopped.long()]))
+        self._sent.append(Sent(news, packed, logprobs))
 
     def _go_on(self, row: int, job: Job) -> None:
         """After its newest token: begin decoding it, or end that after its last one."""
@@ -200,17 +204,6 @@ class Loop:
 
     # ------------------------------------------------------------------------------------------------ reading back
 
-    def _send(
-        self, news: list[tuple[int, Job, bool]], packed: Tensor, logprobs: dict[int, tuple[Tensor, Tensor, Tensor]]
-    ) -> None:
-        arrived = None
-        if self._overlap:
-            host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            host.copy_(packed, non_blocking=True)
-            arrived, packed = torch.cuda.Event(), host
-            arrived.record(torch.cuda.current_stream(self._fast.device))
-        self._sent.append(Sent(news, packed, logprobs, arrived))
-
     def flush(self) -> None:
         """Read everything that is on its way."""
         self._read(behind=0)
@@ -218,9 +211,7 @@ class Loop:
     def _read(self, behind: int) -> None:
         while len(self._sent) > behind:
             step = self._sent.popleft()
-            if step.arrived is not None:
-                step.arrived.synchronize()
-            tokens, sound, stopped = step.packed.tolist()
+            tokens, sound, stopped = step.packed.wait().tolist()
             for column, job, new in step.jobs:
                 if new and not job.ended:
                     figures = step.logprobs.get(column)

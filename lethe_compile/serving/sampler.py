@@ -90,7 +90,7 @@ class Sampler:
 
     vocab_size: int
     device: torch.device
-    _key: tuple[int, ...] = ()
+    _drawn: Sequence[tuple[int, Job]] = ()  # of which `_warp` is
     _warp: Warp | None = None
     failed: list[tuple[Job, Exception]] = field(default_factory=list)  # whose own processors raised
 
@@ -117,9 +117,8 @@ class Sampler:
 
     def _parameters(self, drawn: Sequence[tuple[int, Job]]) -> Warp:
         places, jobs = zip(*drawn, strict=True)
-        key = tuple(number for row, job in drawn for number in (row, id(job)))
-        if key != self._key or self._warp is None:
-            self._warp, self._key = Warp.of(places, jobs, self.vocab_size, self.device), key
+        if drawn != self._drawn or self._warp is None:
+            self._warp, self._drawn = Warp.of(places, jobs, self.vocab_size, self.device), list(drawn)
         return self._warp
 
     def _draw(self, warp: Warp, logits: Tensor, tokens: Tensor, sound: Tensor) -> None:

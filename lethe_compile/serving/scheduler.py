@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from lethe_compile.errors import OutOfPagesError
 from lethe_compile.ledger import Counts
 from lethe_compile.runtime import OptimizedModel
 from lethe_compile.serving.admission import Admission
-from lethe_compile.serving.batch import Batch
+from lethe_compile.serving.batch import Batch, Evicted
 from lethe_compile.serving.job import Job
 from lethe_compile.serving.stats import Counters, Times
 
@@ -21,6 +21,8 @@ class Scheduler:
     """Waiting jobs in order, and running ones by row. The engine's thread's alone.
 
     Args:
+        prunes: whether pressure prunes rows harder before it preempts one.
+        waits: whether a round is waited for at once.
         flush: reads back what is on its way from the device; jobs may end by it.
         fail: ends a job with an error.
     """
@@ -33,6 +35,7 @@ class Scheduler:
         times: Times,
         *,
         prunes: bool,
+        waits: Callable[[], bool],
         flush: Callable[[], None],
         fail: Callable[[Job, Exception], None],
     ) -> None:
@@ -42,7 +45,7 @@ class Scheduler:
         self.rows: list[Job] = []
         self.changed = True  # whether rows joined, left or moved since someone looked
         self._lossless = fast.policy.name == "full"
-        self._prunes, self._flush, self._fail = prunes, flush, fail
+        self._prunes, self._waits, self._flush, self._fail = prunes, waits, flush, fail
 
     # -------------------------------------------------------------------------------------------------- membership
 
@@ -101,13 +104,20 @@ class Scheduler:
         return bool(self.batch.live.any())
 
     def _round(self, rows: list[int], limit: int | None) -> None:
-        for one in self.batch.round(rows, limit):
-            job = self.rows[one.row]
-            if limit is not None:
-                job.pressed += 1
-                self.counters.pressed += 1
+        self._count(self.batch.round(rows, limit, wait=limit is not None or self._waits()))
+        if limit is not None:
+            self.counters.pressed += len(rows)
+            for row in rows:
+                self.rows[row].pressed += 1
+
+    def settle(self) -> None:
+        """Take over what rounds did that were not waited for."""
+        self._count(self.batch.settle())
+
+    def _count(self, evicted: Sequence[Evicted]) -> None:
+        for one in evicted:
             if one.tokens:
-                job.rounds += limit is None
+                self.rows[one.row].rounds += 1
                 self.counters.rounds += 1
 
     def _reserve(self) -> None:
@@ -117,6 +127,9 @@ class Scheduler:
             try:
                 self.batch.reserve(self._prompts())
             except OutOfPagesError as error:
+                if self.batch.unsettled:
+                    self.settle()
+                    continue
                 self.batch.cache.trim()
                 self._flush()
                 if any(job.ended for job in self.rows):

@@ -18,7 +18,7 @@ class RequestStats:
         first_token: from `submit` to the first token (TTFT).
         per_token: mean time of each token after the first (TPOT); None with fewer than two.
         total: from `submit` to the end.
-        rounds: rounds of its own schedule that evicted something.
+        rounds: rounds that evicted something, those for lack of pages among them.
         pressed: rounds that pruned it harder for lack of pages. With 0, its greedy tokens are those it writes alone.
         preemptions: how often it lost its pages and was computed anew.
         retained_peak: most tokens that its layers held together, as the host bounds them.

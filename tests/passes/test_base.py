@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from lethe_compile.capture import capture
 from lethe_compile.errors import VerificationError
 from lethe_compile.passes import pipeline
 from lethe_compile.passes.base import PassResult, run_pipeline
+from lethe_compile.passes.dump import KINDS
 from lethe_compile.passes.locate_attention import LocateAttention
 from lethe_compile.passes.normalize import Normalize
 from lethe_compile.passes.program import Program
@@ -123,13 +126,20 @@ def test_a_sound_pass_is_recorded_observed_and_dumped(
     monkeypatch.setenv("LETHE_DUMP", str(tmp_path / "graphs"))
     seen: list[tuple[str, int]] = []
     steps = pipeline(None)
-    records = run_pipeline(program, steps, lambda name, after: seen.append((name, len(after.graph.nodes)))).records
+    records = run_pipeline(
+        program, steps, lambda record, after: seen.append((record.name, len(after.graph.nodes)))
+    ).records
     assert seen == [(r.name, r.nodes) for r in records] and [r.name for r in records] == [p.name for p in steps]
     written = sorted(path.name for path in (tmp_path / "graphs").iterdir())
-    assert written == sorted(f"{i:02d}-{p.name}.{kind}" for i, p in enumerate(steps) for kind in ("txt", "dot"))
-    assert "torch.ops.lethe.attention.default" in (tmp_path / "graphs/08-insert-attention.txt").read_text()
-    drawn = (tmp_path / "graphs/08-insert-attention.dot").read_text()
+    names = ["captured", *(p.name for p in steps)]
+    assert written == sorted(f"{i:02d}-{name}{kind}" for i, name in enumerate(names) for kind in KINDS)
+    assert "lethe.attention.default" in (tmp_path / "graphs/09-insert-attention.txt").read_text()
+    drawn = (tmp_path / "graphs/09-insert-attention.dot").read_text()
     assert drawn.startswith("digraph {") and '"input_ids" -> "embedding"' in drawn
+    ElementTree.parse(tmp_path / "graphs/09-insert-attention.svg")
+    read = json.loads((tmp_path / "graphs/09-insert-attention.json").read_text())
+    assert read["name"] == "insert-attention" and len(read["matches"]) == 1
+    assert {"name", "op", "target", "args", "shape", "module"} <= read["graph"]["nodes"][0].keys()
 
 
 def test_without_the_variable_nothing_is_dumped(

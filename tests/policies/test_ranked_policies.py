@@ -69,7 +69,7 @@ def by_definition(name: str, options: dict[str, Any], config: LetheConfig, state
         ]
         shares = [10**9] * layers
         if config.budget is not None:
-            budget = _tokens(config.budget, state, ahead, layers)
+            budget = _tokens(config, state, row)
             if sum(len(slots) + 4 for slots in visible) > budget:
                 shares = definitions.caps(name, layers, FLOOR, budget, options)
         for layer, slots in enumerate(visible):
@@ -95,14 +95,18 @@ def by_definition(name: str, options: dict[str, Any], config: LetheConfig, state
     return keep
 
 
-def _tokens(budget: float | str, state: RoundState, ahead: int, layers: int) -> float:
-    """Of 64 bytes each."""
-    if isinstance(budget, str):
-        return int(budget.removesuffix("B")) / 64
-    if isinstance(budget, int):
-        return budget
-    full = sum(ahead + 4 if window is None else min(ahead + 4, window) for window in state.windows)
-    return max(layers * FLOOR, math.floor(full * 64 * budget) / 64)
+def _tokens(config: LetheConfig, state: RoundState, row: int) -> float:
+    """What a row's budget comes to, where each token has 64 bytes."""
+    if isinstance(config.budget, str):
+        return int(config.budget.removesuffix("B")) / 64
+    if isinstance(config.budget, int):
+        return config.budget
+    assert config.budget is not None
+    windows = [10**9 if window is None else window for window in state.windows]
+    full = sum(min(int(state.next_position[row]) + 4, window) for window in windows)
+    prompt = int(state.prompt_length[row]) if config.protect_prompt else 0
+    least = sum(FLOOR + min(prompt, window) for window in windows)
+    return max(least, math.floor(full * 64 * config.budget) / 64)
 
 
 # --- choices --------------------------------------------------------------------------------------
@@ -167,7 +171,7 @@ def test_whatever_the_state_the_caps_hold(
     if "max_tokens" in caps:
         assert (count[:, active] + 4 <= caps["max_tokens"]).all()
     if "budget" in caps:
-        most = [_tokens(caps["budget"], state, int(ahead), layers) for ahead in state.next_position[active]]
+        most = [_tokens(policy.config, state, row) for row in active.nonzero().flatten().tolist()]
         assert ((count[:, active] + 4).sum(0) <= torch.tensor(most)).all()
     if limit is not None:
         assert (count[:, active] <= limit).all()
@@ -182,7 +186,8 @@ def test_caps_hold_in_every_step_between_rounds(name: str, caps: dict[str, Any])
     for step, lengths in enumerate(decode.run(12)):
         assert (lengths <= caps.get("max_tokens", 10**9)).all()
         if isinstance(caps.get("budget"), float):
-            assert (lengths.sum(0) <= (2 * decode.next * caps["budget"]).clamp(min=2 * FLOOR)).all()
+            least = 2 * (FLOOR + torch.tensor([5, 40, 17]))  # with the prompt
+            assert (lengths.sum(0) <= torch.maximum(2 * decode.next * caps["budget"], least)).all()
         elif "budget" in caps:
             assert (lengths.sum(0) <= caps["budget"]).all()
         highest = torch.maximum(highest, lengths)
