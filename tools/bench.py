@@ -26,8 +26,8 @@ from lethe_compile.tools import (
     _bench_generate,
     _bench_kernels,
     _bench_memory,
-    _bench_serving,
     _bench_parallel,
+    _bench_serving,
     _bench_steps,
     _bench_tables,
 )

@@ -17,7 +17,6 @@ import ray
 from ray import serve
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.schema import ReplicaState
 
 from lethe_compile.errors import EngineBusyError, EngineClosedError, LetheError
 from lethe_compile.serving.engine import Engine
@@ -94,8 +93,9 @@ def _stay_on_loopback() -> None:
 
     It has no setting for that, so the function that opens it, after this class is made, is told another address.
     """
-    from ray.serve._private import replica as internals
+    from ray.serve._private import replica
 
+    internals: Any = replica
     opens: Callable[[Any, str], int] = internals.add_port_to_grpc_server
     internals.add_port_to_grpc_server = lambda server, address: opens(server, address.replace("[::]", "127.0.0.1"))
 
@@ -189,8 +189,8 @@ class RaySource:
     async def failure(self) -> str | None:
         """Why no request could be served."""
         app = (await asyncio.to_thread(serve.status)).applications.get(_APP)
-        states = {} if app is None else app.deployments[DEPLOYMENT].replica_states
-        return None if states.get(ReplicaState.RUNNING) else "no replica is running"
+        states: Mapping[Any, int] = {} if app is None else app.deployments[DEPLOYMENT].replica_states
+        return None if states.get("RUNNING") else "no replica is running"
 
     def close(self) -> None:
         """End the replicas, and Ray if it was started here. May be called twice."""

@@ -28,7 +28,7 @@ KEY = "sesame"
 SECONDS = 120.0
 TEMPLATE = "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('users only') }}{% endif %}"
 TEMPLATE += "{{ bos_token }} {{ m.content }}{% endfor %}"
-BODY, QUEUE, BATCH, STALL = 20_000, 6, 2, 2.0
+BODY, QUEUE, BATCH, STALL = 20_000, 6, 2, 0.5
 
 
 @dataclass
