@@ -36,28 +36,23 @@ class Live:
     """A uvicorn server in a thread, on loopback, and what is behind it."""
 
     engine: lethe.Engine
-    fast: lethe.OptimizedModel
     port: int
     prompt: list[int]  # ids
     text: str  # the same without <bos>, which the tokenizer puts in front
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=KEY, max_retries=0, timeout=SECONDS)
+    fast_tokens: list[int]  # what follows the prompt, greedy, by `generate`
+    http: httpx.Client
+    client: openai.OpenAI
 
     def call(self, method: str, path: str, *, key: str | None = KEY, **options: Any) -> httpx.Response:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return httpx.request(method, f"http://127.0.0.1:{self.port}{path}", headers=headers, timeout=SECONDS, **options)
+        return self.http.request(method, path, headers=headers, **options)
 
     def post(self, **body: Any) -> httpx.Response:
         return self.call("POST", "/v1/completions", json={"model": "reasoner", "prompt": self.text, **body})
 
     def alone(self, new: int) -> list[int]:
-        out = self.fast_tokens[:new]
-        assert len(out) == new
-        return out
-
-    fast_tokens: list[int]  # what follows the prompt, greedy, by `generate`
+        assert len(self.fast_tokens) >= new
+        return self.fast_tokens[:new]
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -84,7 +79,12 @@ def live() -> Iterator[Live]:
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     text = tokenizer.decode(prompt, skip_special_tokens=True)
-    yield Live(engine, fast, listener.getsockname()[1], prompt, text, alone)
+    port = listener.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with httpx.Client(base_url=url, timeout=SECONDS) as http:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=SECONDS)
+        yield Live(engine, port, prompt, text, alone, http, client)
+        client.close()
     server.should_exit = True
     thread.join(SECONDS)
     words.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -33,6 +33,7 @@ def told(tokenizer: Any, ids: list[int]) -> list[str]:
     return [*(words.push(token) for token in ids), words.flush()]
 
 
+@settings(max_examples=20)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=40))
 def test_characters_of_several_tokens_come_whole(text: str) -> None:
     ids = BYTES(text)["input_ids"]
@@ -58,6 +59,7 @@ def test_bytes_that_never_become_a_character_do_not_wait_forever() -> None:
     assert any(parts[:40]), "nothing told in 40 tokens"
 
 
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, len(WORDS) - 1), max_size=40))
 def test_words_are_those_of_the_whole(ids: list[int]) -> None:
     assert "".join(told(WORDS, ids)) == WORDS.decode(ids, skip_special_tokens=True)
