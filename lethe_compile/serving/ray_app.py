@@ -189,7 +189,8 @@ class RaySource:
     async def failure(self) -> str | None:
         """Why no request could be served."""
         app = (await asyncio.to_thread(serve.status)).applications.get(_APP)
-        states: Mapping[Any, int] = {} if app is None else app.deployments[DEPLOYMENT].replica_states
+        deployment = None if app is None else app.deployments.get(DEPLOYMENT)
+        states: Mapping[Any, int] = {} if deployment is None else deployment.replica_states
         return None if states.get("RUNNING") else "no replica is running"
 
     def close(self) -> None:

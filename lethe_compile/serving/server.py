@@ -15,7 +15,7 @@ from lethe_compile.errors import InputError
 from lethe_compile.serving.gate import Gate
 from lethe_compile.serving.log import log
 
-_SEND_BUFFER = 128 << 10  # bytes of an answer that the kernel holds for a slow reader
+_SEND_BUFFER = 64 << 10  # bytes of an answer that the kernel holds for a slow reader
 _LAST_WORDS = 5  # seconds for answers whose time is up to be told so
 
 
