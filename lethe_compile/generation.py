@@ -19,6 +19,7 @@ from torch import Tensor
 from lethe_compile import sampling
 from lethe_compile.errors import InputError, LetheError
 from lethe_compile.prompt import Prompt, read_prompt
+from lethe_compile.transfers import Fetched
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -199,26 +200,6 @@ class _Record:
         self.logits = None if self.logits is None else (*self.logits, logits)
 
 
-class _HostCopy:
-    """A tensor int64 `[n]` on its way to the host, one at a time; a GPU goes on working meanwhile."""
-
-    def __init__(self, n: int, device: torch.device) -> None:
-        gpu = device.type == "cuda"
-        self._values = torch.empty(n, dtype=torch.int64, pin_memory=gpu)  # a copy into other memory would wait
-        self._arrived = torch.cuda.Event() if gpu else None
-
-    def start(self, values: Tensor) -> None:
-        self._values.copy_(values, non_blocking=True)
-        if self._arrived is not None:
-            self._arrived.record(torch.cuda.current_stream(values.device))
-
-    def wait(self) -> Tensor:
-        """What `start` was given; overwritten by the next."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._values
-
-
 def _overlaps(device: torch.device) -> bool:
     """Whether launching a step before the last one's report is read gains anything."""
     return device.type == "cuda"
@@ -231,7 +212,6 @@ class _Report:
         self, rows: int, device: torch.device, streamer: BaseStreamer | None, advance: Callable[[int], Any]
     ) -> None:
         self.overlap = _overlaps(device)
-        self._copy = _HostCopy(rows + 2, device)
         self._streamer = streamer
         self._advance = advance  # hears how many tokens a step added
         self._step, self._left = 0, rows
@@ -243,11 +223,11 @@ class _Report:
         """
         self._step += 1
         self._broken, self._logits = broken, logits
-        self._copy.start(torch.cat([shown, unfinished.sum()[None], broken.any()[None]]))
+        self._copy = Fetched(torch.cat([shown, unfinished.sum()[None], broken.any()[None]]))
 
     def read(self) -> bool:
         """Waits for the step that was sent: whether any row goes on. Raises for broken scores."""
-        host = self._copy.wait()
+        host = torch.from_numpy(self._copy.wait())
         if host[-1]:
             raise _broken_scores(self._broken, self._logits, self._step)
         self._advance(self._left)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lethe_compile import generation
-from lethe_compile.cache import Geometry, KVCache
+from lethe_compile.cache import Geometry, KVCache, Rows
 from lethe_compile.config import LetheConfig
 from lethe_compile.distributed import Ranks, digest
 from lethe_compile.errors import ConfigError, InputError, OutOfPagesError
@@ -117,6 +117,7 @@ class OptimizedModel(nn.Module):
         self._token_bytes = np.array(tokens, np.int64)[:, None]  # [layers, 1]
         self.states = States(self.stateful, self._device)
         self._generating, self._rows = False, 0
+        self._lent_to: str | None = None
         self._configure(config)
 
     def _configure(self, config: LetheConfig) -> None:
@@ -124,7 +125,7 @@ class OptimizedModel(nn.Module):
         self.config, self.policy = config, make_policy(config)
         self._scored = self.policy.decay is not None
         self.page_size = config.page_size_on(self._device.type)
-        self.cache = self._new_cache()
+        self.cache = self.new_cache()
         self._rows = 0
         self.begin_policy(self.policy, 0)
         self._reset(torch.zeros(0, dtype=torch.int64))
@@ -142,7 +143,8 @@ class OptimizedModel(nn.Module):
         if self.give_way is not None:
             self.give_way()
         if self._generating:
-            raise InputError("this model is generating: end that before another configuration")
+            who = "generating" if self._lent_to is None else f"lent to {self._lent_to}"
+            raise InputError(f"this model is {who}: end that before another configuration")
         rule = make_policy(config)
         self._check_heads(rule)
         self.begin_policy(rule, 0)
@@ -197,7 +199,7 @@ class OptimizedModel(nn.Module):
         positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
         if position_ids is not None:
             positions = position_ids.expand_as(ids).gather(1, order)
-        cache, states = self._new_cache(), States(self.stateful, self._device)
+        cache, states = self.new_cache(), States(self.stateful, self._device)
         cache.begin(len(ids) * self._keep_sets.heads)
         cache.reserve_rows(self._host(lengths))
         states.begin(len(ids))
@@ -253,8 +255,7 @@ class OptimizedModel(nn.Module):
         """
         if self.give_way is not None:
             self.give_way()  # whoever goes on with that session is told
-        if self._generating:
-            raise InputError("this model is generating already: it has one cache; optimize() again for a second one")
+        self._refuse_second()
         self._rows = rows
         hint = self._admit(prompt_lengths, new_tokens)
         prompt_lengths = _padded(prompt_lengths, self._bucket(rows))
@@ -271,16 +272,40 @@ class OptimizedModel(nn.Module):
         self.begin_policy(self.policy, cache_rows)
         self._reset(prompt_lengths, new_tokens)
 
+    def lend(self, borrower: str) -> Executor:
+        """What runs the graph, for a `borrower` with a cache of its own; no generation begins until `take_back`.
+
+        Raises:
+            InputError: the model is generating, or lent already.
+        """
+        if self.give_way is not None:
+            self.give_way()
+        self._refuse_second()
+        self._generating, self._lent_to = True, borrower
+        if self.device.type == "cuda":  # memory for the borrower's cache
+            self._graphs.clear()
+            self.cache, self._rows = self.new_cache(), 0
+            self._reset(torch.zeros(0, dtype=torch.int64))
+        return self._executor
+
+    def take_back(self) -> None:
+        """The borrower is done; does nothing where there is none."""
+        if self._lent_to is not None:
+            self._generating, self._lent_to = False, None
+
+    def _refuse_second(self) -> None:
+        if self._lent_to is not None:
+            raise InputError(f"{self._lent_to} has this model: ask it, or close it first")
+        if self._generating:
+            raise InputError("this model is generating already: it has one cache; optimize() again for a second one")
+
     def begin_policy(self, policy: Policy, rows: int) -> None:
         """Let a policy forget its last generation, and know what the caches of this model take."""
-        whole = [Geometry(site.kv_heads, *site.geometry[1:]) for site in self.caches]
-        policy.begin(len(self.caches), rows, [one.bytes_per_token(self._dtype) for one in whole])
+        policy.begin(len(self.caches), rows, self.token_bytes)
 
     def _bucket(self, rows: int) -> int:
         """Sequences that the cache is made for: captured graphs serve a few sizes, and what is over stays empty."""
-        if self.backend[0] != "cudagraphs":
-            return rows
-        return next(size for size in (*_BUCKETS, -(-rows // _BUCKETS[-1]) * _BUCKETS[-1]) if size >= rows)
+        return bucket(rows) if self.backend[0] == "cudagraphs" else rows
 
     def _admit(self, prompt_lengths: Tensor, new_tokens: int | None) -> int | Counts:
         """Tokens [layers, rows] that the cache should have room for at once; refuses what cannot be made to fit."""
@@ -313,7 +338,7 @@ class OptimizedModel(nn.Module):
         self._graph: DecodeGraph | None = None
         if self.backend[0] == "cudagraphs" and rows:
             if rows not in self._graphs:
-                self._graphs[rows] = DecodeGraph(self._executor, rows, self.device)
+                self._graphs[rows] = DecodeGraph.of_rows(self._executor, rows, self.device)
             self._graph = self._graphs[rows]
             self._next_position = self._graph.next_position.zero_()
         else:
@@ -396,7 +421,7 @@ class OptimizedModel(nn.Module):
             InputError: masks read more of earlier tokens than a past holds, or layers cache something else.
         """
         self._check_past()
-        cache, states = self._new_cache(), States(self.stateful, self._device)
+        cache, states = self.new_cache(), States(self.stateful, self._device)
         rows, tokens = input_ids.shape
         cache.begin(rows * self._keep_sets.heads)
         past.fill(cache, self._host(past.lengths))
@@ -485,12 +510,19 @@ class OptimizedModel(nn.Module):
         last: Tensor | None = None,
     ) -> Tensor:
         """Logits of `ids` [rows, T], the cache's first rows, as `Executor.run`; all positions are below `furthest`."""
-        state = {**cache.inputs(), **states.inputs(len(ids))}
+        state = self.graph_state(cache, states, len(ids), furthest=furthest)
+        return self._executor.run(ids, positions, new_lengths.to(torch.int32), state, last)
+
+    def graph_state(
+        self, cache: KVCache, states: States, rows: int, *, first: int = 0, furthest: int = 0
+    ) -> dict[str, Tensor]:
+        """The graph's state inputs, of `rows` sequences from the `first` on; all positions are below `furthest`."""
+        state, heads = {**cache.inputs(), **states.inputs(rows, first)}, self._keep_sets.heads
         if self._content:
             state["seen"] = torch.arange(furthest, device=self._device)
         for name in ("page_table", "length"):
-            state[name] = state[name][:, : len(ids) * self._keep_sets.heads]
-        return self._executor.run(ids, positions, new_lengths.to(torch.int32), state, last)
+            state[name] = state[name][:, first * heads : (first + rows) * heads]
+        return state
 
     @contextmanager
     def interpreted(self) -> Iterator[None]:
@@ -554,7 +586,7 @@ class OptimizedModel(nn.Module):
 
         Waits for the device once, behind the compaction; more often only where pages run out.
         """
-        held, scores = self.cache.pages_held(), self._scores()
+        held, scores = self.cache.pages_held(), self._scores(self.cache)
         sparsity = self._sparsity(scores) if self.recorder is not None and self.recorder.sparsity else None
         before, seen, on = self._evict(active, scores)
         self._ledger.read(seen, before, held)
@@ -585,9 +617,7 @@ class OptimizedModel(nn.Module):
         `scores` are those of the cache as it is, of all ranks' heads.
         """
         sets = self._keep_sets
-        prompts, following, on_now = map(sets.spread, (self._prompt_lengths, self._next_position, active))
-        rows = (prompts, following, on_now)
-        state = RoundState(*scores, self._windows, *rows, key_source=self._keys, heads=sets.heads)
+        state = self.round_state(self.cache, self._prompt_lengths, self._next_position, active, scores=scores)
         keep = self.policy.round(state, limit)
         if keep is not None and self.on_round:
             self._tell(state, keep)
@@ -598,20 +628,43 @@ class OptimizedModel(nn.Module):
         self._ledger.evicted(before - after, self.cache.pages_for(before) - self.cache.pages_for(after))
         return [before, sets.repeat(seen), sets.repeat(on)]
 
-    def _scores(self) -> Scores:
-        """The cache's scores, of all ranks' heads: what a round chooses by.
+    def round_state(
+        self,
+        cache: KVCache,
+        prompts: Tensor,
+        following: Tensor,
+        active: Tensor,
+        rows: Rows | None = None,
+        scores: Scores | None = None,
+    ) -> RoundState:
+        """What a policy sees of all rows of a cache, or of `rows`; prompt lengths, next positions, and who is active,
+        are [sequences] of the same. `scores` are those of the cache, if they were gathered before.
+        """
+        prompts, following, active = map(self._keep_sets.spread, (prompts, following, active))
+        return RoundState(
+            *(scores or self._scores(cache, rows)),
+            self._windows,
+            prompts,
+            following,
+            active,
+            key_source=lambda layer: self._keys(layer, cache, rows),
+            heads=self._keep_sets.heads,
+        )
+
+    def _scores(self, cache: KVCache, rows: Rows | None = None) -> Scores:
+        """A cache's scores, of all ranks' heads: what a round chooses by.
 
         What the cache holds stays this rank's own part: both rules by which it goes on, sum and peak, commute with the
         reduction. Rows that are KV heads are one rank's alone.
         """
-        mass, position, length = self.cache.scores()
+        mass, position, length = cache.scores(rows)
         if self.ranks is not None and self.policy.decay is not None and not self.policy.per_head:
             mass = self.ranks.reduced(mass, peak=self.policy.peak)
         return mass, position, length
 
-    def _keys(self, layer: int) -> Tensor:
+    def _keys(self, layer: int, cache: KVCache, rows: Rows | None = None) -> Tensor:
         """[rows, slots, KV heads, k_dim] of one layer, of all ranks' heads where a row is a sequence."""
-        keys = self.cache.keys(layer)
+        keys = cache.keys(layer, rows)
         if self.ranks is None or self.policy.per_head:
             return keys
         return self.ranks.all_heads(keys, self.caches[layer].kv_parts)
@@ -662,7 +715,7 @@ class OptimizedModel(nn.Module):
             if over:
                 self._ledger.pressed += 1
                 limits = torch.full(self.cache.lengths.shape, limit, device=self.device)
-                self._evict(active, self._scores(), limits)
+                self._evict(active, self._scores(self.cache), limits)
 
     def _observe(self) -> None:
         """Read back what the steps since the last round did."""
@@ -698,10 +751,27 @@ class OptimizedModel(nn.Module):
     def _windows(self) -> tuple[int | None, ...]:
         return tuple(site.mask.window if site.mask else None for site in self.caches)
 
+    @property
+    def token_bytes(self) -> list[int]:
+        """Of each cache: keys and values of one token, all its KV heads together."""
+        whole = [Geometry(site.kv_heads, *site.geometry[1:]) for site in self.caches]
+        return [one.bytes_per_token(self._dtype) for one in whole]
+
+    @property
+    def keep_sets(self) -> KeepSets:
+        """Rows of the cache that a sequence has."""
+        return self._keep_sets
+
+    @property
+    def needs_content(self) -> bool:
+        """Whether masks depend on the tokens."""
+        return self._content
+
     def _geometries(self) -> list[Geometry]:
         return [Geometry(*site.geometry) for site in self.caches]
 
-    def _new_cache(self) -> KVCache:
+    def new_cache(self) -> KVCache:
+        """An empty cache of this model's layers."""
         return KVCache(
             self._geometries(),
             page_size=self.page_size,
@@ -726,7 +796,7 @@ class OptimizedModel(nn.Module):
 
         Of the generation under way, or of the last one; a finished sequence shows what it held when it finished.
         """
-        if self._generating:
+        if self._generating and self._lent_to is None:
             self._observe()
         ledger, sets, rows = self._ledger, self._keep_sets, self._rows
         thresholds, sparsity = self.policy.thresholds.cpu().numpy(), self.policy.sparsity.cpu().numpy()
@@ -747,6 +817,11 @@ class OptimizedModel(nn.Module):
             state_bytes=self.states.bytes_of(self._rows),
             heads=sets.each(ledger.retained, rows) if sets.heads > 1 else None,
         )
+
+
+def bucket(rows: int) -> int:
+    """The size of a captured graph that serves so many rows."""
+    return next(size for size in (*_BUCKETS, -(-rows // _BUCKETS[-1]) * _BUCKETS[-1]) if size >= rows)
 
 
 def _padded(values: Tensor, rows: int) -> Tensor:

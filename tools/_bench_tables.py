@@ -71,6 +71,18 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         "first\ntoken s": _number("first_token_s", ".1f"),
         "second\ntoken s": _number("second_token_s", ".1f"),
     },
+    "serving": {
+        "at a\ntime": _number("concurrent", "d"),
+        "": _contestant,
+        "tok/s": _number("tokens_per_s", ",.0f"),
+        "rows\n/step": _number("batch", ".1f"),
+        "TTFT s\np50": _number("ttft_p50", ".2f"),
+        "\np95": _number("ttft_p95", ".2f"),
+        "TPOT ms\np50": _number("tpot_p50", ".1f", 1e-3),
+        "\np95 ": _number("tpot_p95", ".1f", 1e-3),
+        "KV\nGiB": _number("kv_peak", ".2f", _GIB),
+        "pre-\nempted": _number("preemptions", "d"),
+    },
     "memory": {
         "": _contestant,
         "sequences": _number("sequences", "d"),
@@ -103,6 +115,7 @@ _TITLES: dict[str, str] = {
     "compile": "start in a fresh process",
     "tensor-parallel": "decode step of one model on several ranks; memory of each rank",
     "memory": "largest batch in the same KV memory",
+    "serving": "concurrent requests in the same KV memory",
 }
 _WORDS = {"", "shape", "how", "figure", "measured"}
 

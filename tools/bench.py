@@ -27,6 +27,7 @@ from lethe_compile.tools import (
     _bench_kernels,
     _bench_memory,
     _bench_parallel,
+    _bench_serving,
     _bench_steps,
     _bench_tables,
 )
@@ -40,10 +41,12 @@ SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     "steps": _bench_steps.run,
     "generate": _bench_generate.run,
     "memory": _bench_memory.run,
+    "serving": _bench_serving.run,
     "cpu": _bench_steps.run_cpu,
     "tensor-parallel": _bench_parallel.run,
 }
 _ALONE = tuple(name for name in SECTIONS if name != "tensor-parallel")  # which needs torchrun
+_ON_CPU = ("cpu", "serving", "tensor-parallel")  # the second on the bundled reasoner
 FORMAT = 1  # of the JSON
 
 
@@ -65,10 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     deadline = float("inf") if options.time_limit is None else time.monotonic() + options.time_limit
     for name in options.only:
         device = torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
-        if device.type == "cpu" and name not in ("cpu", "tensor-parallel"):
-            console.print(
-                f"{name}: needs a CUDA GPU, and torch sees none; only the sections cpu and tensor-parallel run without"
-            )
+        if device.type == "cpu" and name not in _ON_CPU:
+            sections = ", ".join(_ON_CPU)
+            console.print(f"{name}: needs a CUDA GPU, and torch sees none; only the sections {sections} run without")
             result["sections"].setdefault(name, {"rows": [], "error": "no CUDA GPU"})
             continue
         bench = Bench(options, device, _bandwidth(result, device, console), deadline, progress)
@@ -114,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=_positive, metavar="N", help="of each measurement, interleaved (default 3)")
     add("--steps", type=_positive, metavar="N", help="decode steps timed at a time, at least (default 32)")
     add("--new-tokens", type=_positive, metavar="N", help="of generate (default 24576)")
+    add("--concurrency", type=_numbers, default=(), metavar="LIST", help="requests at a time, of serving")
+    add("--cell-seconds", type=float, default=40.0, metavar="S", help="of each row of serving (default 40)")
     add("--measured", action="store_true", help="generate unpruned for real too, instead of adding up steps")
     add("--layers", type=_positive, metavar="N", help="override the shapes' layers: to try a command line")
     add("--quick", action="store_true", help="fewer shapes, lengths and repeats, where not given")
@@ -228,7 +232,7 @@ def _bandwidth(result: Row, device: torch.device, console: Console) -> Row:
 
 def _finish(result: Row, options: Options, console: Console) -> None:
     sections = {name: outcome["rows"] for name, outcome in result["sections"].items()}
-    if any(rows for name, rows in sections.items() if name not in ("cpu", "tensor-parallel")):
+    if any(rows for name, rows in sections.items() if name not in _ON_CPU):
         result["bar"] = _bench_bar.bar(sections, options.page_sizes[0])
         console.print(_bench_tables.bar(result["bar"]))
     _write(options, result)
