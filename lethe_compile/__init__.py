@@ -64,13 +64,13 @@ __all__ = [
 ]
 
 _LATE = {
-    "Engine": "lethe_compile.serving",
     "Comparison": "lethe_compile.comparison",
-    "Thresholds": "lethe_compile.comparison",
-    "compare": "lethe_compile.comparison",
+    "Engine": "lethe_compile.serving",
     "OptimizedModel": "lethe_compile.runtime",
     "Request": "lethe_compile.serving",
     "SamplingParams": "lethe_compile.serving",
+    "Thresholds": "lethe_compile.comparison",
+    "compare": "lethe_compile.comparison",
     "export": "lethe_compile.exporters",
     "optimize": "lethe_compile.api",
 }

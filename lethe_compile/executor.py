@@ -257,8 +257,7 @@ class DecodeGraph:
         # Graphs of one model never run at the same time and can share memory. A pool dies with its last graph.
         pool = next((other._graph.pool() for other in self._executor.graphs if other._graph is not None), None)
         graph = torch.cuda.CUDAGraph()
-        # Of this thread alone: others may use the device meanwhile, such as the one that watches over collectives, or
-        # those that submit to an engine.
+        # Other threads may use the device meanwhile: those that submit to an engine, the one that watches collectives.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self._logits = self._step(state)
         self._graph = graph

@@ -45,8 +45,8 @@ SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     "cpu": _bench_steps.run_cpu,
     "tensor-parallel": _bench_parallel.run,
 }
-_ON_CPU = ("cpu", "serving", "tensor-parallel")  # sections that run without a GPU
 _ALONE = tuple(name for name in SECTIONS if name != "tensor-parallel")  # which needs torchrun
+_ON_CPU = ("cpu", "serving", "tensor-parallel")  # the second on the bundled reasoner
 FORMAT = 1  # of the JSON
 
 
@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.only:
         device = torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
         if device.type == "cpu" and name not in _ON_CPU:
-            without = f"only the sections {', '.join(_ON_CPU)} run without"
-            console.print(f"{name}: needs a CUDA GPU, and torch sees none; {without}")
+            sections = ", ".join(_ON_CPU)
+            console.print(f"{name}: needs a CUDA GPU, and torch sees none; only the sections {sections} run without")
             result["sections"].setdefault(name, {"rows": [], "error": "no CUDA GPU"})
             continue
         bench = Bench(options, device, _bandwidth(result, device, console), deadline, progress)

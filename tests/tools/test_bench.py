@@ -359,7 +359,7 @@ def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_defaults_and_quick() -> None:
     usual, quick = (bench._options(bench._parser().parse_args(line)) for line in ([], ["--quick"]))
-    assert usual.only == tuple(bench.SECTIONS) and usual.new_tokens == 24576 and usual.batches == (1, 16)
+    assert {*usual.only, "tensor-parallel"} == {*bench.SECTIONS} and usual.new_tokens == 24576 and usual.batches == (1, 16)
     assert quick.shapes == ("llama-8b",) and quick.repeats < usual.repeats
     assert bench._options(bench._parser().parse_args(["--quick", "--batches", "4,2"])).batches == (2, 4)
 
