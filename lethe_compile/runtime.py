@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lethe_compile import generation
-from lethe_compile.cache import Geometry, KVCache, Rows
+from lethe_compile.cache import Geometry, KVCache
 from lethe_compile.config import LetheConfig
 from lethe_compile.distributed import Ranks, digest
 from lethe_compile.errors import ConfigError, InputError, OutOfPagesError
@@ -586,7 +586,7 @@ class OptimizedModel(nn.Module):
 
         Waits for the device once, behind the compaction; more often only where pages run out.
         """
-        held, scores = self.cache.pages_held(), self._scores(self.cache)
+        held, scores = self.cache.pages_held(), self._scores()
         sparsity = self._sparsity(scores) if self.recorder is not None and self.recorder.sparsity else None
         before, seen, on = self._evict(active, scores)
         self._ledger.read(seen, before, held)
@@ -617,7 +617,9 @@ class OptimizedModel(nn.Module):
         `scores` are those of the cache as it is, of all ranks' heads.
         """
         sets = self._keep_sets
-        state = self.round_state(self.cache, self._prompt_lengths, self._next_position, active, scores=scores)
+        prompts, following, on_now = map(sets.spread, (self._prompt_lengths, self._next_position, active))
+        rows = (prompts, following, on_now)
+        state = RoundState(*scores, self._windows, *rows, key_source=self._keys, heads=sets.heads)
         keep = self.policy.round(state, limit)
         if keep is not None and self.on_round:
             self._tell(state, keep)
@@ -628,43 +630,20 @@ class OptimizedModel(nn.Module):
         self._ledger.evicted(before - after, self.cache.pages_for(before) - self.cache.pages_for(after))
         return [before, sets.repeat(seen), sets.repeat(on)]
 
-    def round_state(
-        self,
-        cache: KVCache,
-        prompts: Tensor,
-        following: Tensor,
-        active: Tensor,
-        rows: Rows | None = None,
-        scores: Scores | None = None,
-    ) -> RoundState:
-        """What a policy sees of all rows of a cache, or of `rows`; prompt lengths, next positions, and who is active,
-        are [sequences] of the same. `scores` are those of the cache, if they were gathered before.
-        """
-        prompts, following, active = map(self._keep_sets.spread, (prompts, following, active))
-        return RoundState(
-            *(scores or self._scores(cache, rows)),
-            self._windows,
-            prompts,
-            following,
-            active,
-            key_source=lambda layer: self._keys(layer, cache, rows),
-            heads=self._keep_sets.heads,
-        )
-
-    def _scores(self, cache: KVCache, rows: Rows | None = None) -> Scores:
-        """A cache's scores, of all ranks' heads: what a round chooses by.
+    def _scores(self) -> Scores:
+        """The cache's scores, of all ranks' heads: what a round chooses by.
 
         What the cache holds stays this rank's own part: both rules by which it goes on, sum and peak, commute with the
         reduction. Rows that are KV heads are one rank's alone.
         """
-        mass, position, length = cache.scores(rows)
+        mass, position, length = self.cache.scores()
         if self.ranks is not None and self.policy.decay is not None and not self.policy.per_head:
             mass = self.ranks.reduced(mass, peak=self.policy.peak)
         return mass, position, length
 
-    def _keys(self, layer: int, cache: KVCache, rows: Rows | None = None) -> Tensor:
+    def _keys(self, layer: int) -> Tensor:
         """[rows, slots, KV heads, k_dim] of one layer, of all ranks' heads where a row is a sequence."""
-        keys = cache.keys(layer, rows)
+        keys = self.cache.keys(layer)
         if self.ranks is None or self.policy.per_head:
             return keys
         return self.ranks.all_heads(keys, self.caches[layer].kv_parts)
@@ -715,7 +694,7 @@ class OptimizedModel(nn.Module):
             if over:
                 self._ledger.pressed += 1
                 limits = torch.full(self.cache.lengths.shape, limit, device=self.device)
-                self._evict(active, self._scores(self.cache), limits)
+                self._evict(active, self._scores(), limits)
 
     def _observe(self) -> None:
         """Read back what the steps since the last round did."""

@@ -65,6 +65,7 @@ class Cutter:
         self._gathered: dict[fx.Node, fx.Node] = {}
         self._cut: dict[tuple[fx.Node, tuple[int, int, int]], fx.Node] = {}
         self._known: dict[Any, Value | Uncuttable] = {}
+        self._unfit: Exception | None = None  # the last that `_compute` met
         self.sites = list(program.sites)
         self._site_of = {site.node: site.layer for site in self.sites}
         self.notes: list[Note] = []
@@ -124,7 +125,7 @@ class Cutter:
         if product.bias is not None:
             args[cast("int", product.places[2])] = self._part(product.bias, replace(columns, dim=0))
         if not self._commit(node, node.target, tuple(args), {}, columns):
-            raise AssertionError(f"{node.name}: a product by columns has another shape")
+            raise AssertionError(f"{node.name}: a product by columns has another shape") from self._unfit
         self.notes.append(Note(node.name, f"{product.weight.target} by columns", None))
 
     def _by_rows(self, node: fx.Node, product: Product, held: Placement) -> None:
@@ -176,7 +177,7 @@ class Cutter:
         if sinks is not None:
             sinks = self._held(cast("fx.Node", sinks), replace(heads, dim=0))
         if not self._commit(node, node.target, (*operands, None, sinks, None, *rest), {}, heads):
-            raise AssertionError(f"{node.name}: attention over its share of heads has another shape")
+            raise AssertionError(f"{node.name}: attention over its share of heads has another shape") from self._unfit
         slopes = site.slopes and tuple(site.slopes[h] for h in heads.index[self._rank])
         local = replace(site, heads=heads.each, kv_heads=kv_heads.each, slopes=slopes, kv_parts=parts)
         self.sites[layer] = local
@@ -339,7 +340,8 @@ class Cutter:
         try:
             with fake_mode_of(self._program), torch.no_grad():
                 return target(*given[0], **given[1])
-        except Exception:  # sizes that do not fit: operators raise as they please, and the whole value is gathered
+        except Exception as error:  # sizes that do not fit: operators raise as they please; the whole value is gathered
+            self._unfit = error
             return None
 
     @staticmethod

@@ -68,8 +68,8 @@ class Engine:
     requests beyond the first range are refused.
 
     Raises:
-        ConfigError: a setting that is not allowed; a policy that couples rows (`paper_literal`); a model that several
-            processes run together (`tp`).
+        ConfigError: a setting that is not allowed; a policy that couples rows (`paper_literal`); a model whose heads
+            are split over ranks.
         InputError: the model is generating, or another engine's.
     """
 
@@ -91,9 +91,12 @@ class Engine:
                 raise ConfigError(f"{name}={value!r} is not allowed: must be an integer >= 1")
         if under_pressure not in ("prune", "preempt"):
             raise ConfigError(f"under_pressure={under_pressure!r} is not allowed: must be 'prune' or 'preempt'")
-        if fast.ranks is not None:
-            raise ConfigError("an Engine serves a model of one process: optimize it without tp")
         check_kv_memory(kv_memory)
+        if fast.ranks is not None:
+            raise ConfigError(
+                "an Engine cannot serve a tensor-parallel model: each rank would admit and preempt by itself, and ranks"
+                " must take the same steps. Run one Engine for each GPU, or generate in batches"
+            )
         self.fast, self.max_batch, self.max_length, self._max_queue = fast, max_batch, max_length, max_queue
         self._tokenizer = tokenizer
         self._limit = min([x for x in (fast.max_positions, fast.restart_at, max_length) if x], default=None)
