@@ -9,15 +9,34 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+
 _only_compile: ContextVar[bool] = ContextVar("only_compile", default=False)
+_traced: ContextVar[bool] = ContextVar("traced", default=False)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """`kernel[grid](*args, **options)`; inside of `compiling`, compile what that would run, and run nothing."""
+    """`kernel[grid](*args, **options)`; inside of `compiling`, compile what that would run, and run nothing.
+
+    Inside of `traceable` a tracer sees the kernel. It knows no `maxnreg`, which then is what ptxas chooses.
+    """
     if _only_compile.get():
         kernel.warmup(*args, grid=grid, **options)
+    elif _traced.get() and hasattr(kernel, "params"):  # those of the interpreter have none, and cannot be traced
+        options.pop("maxnreg", None)
+        torch.library.wrap_triton(kernel)[grid](*args, **options)
     else:
         kernel[grid](*args, **options)
+
+
+@contextmanager
+def traceable() -> Iterator[None]:
+    """Inside this context launches become nodes of the graph that torch traces; without a tracer they run."""
+    token = _traced.set(True)
+    try:
+        yield
+    finally:
+        _traced.reset(token)
 
 
 @contextmanager

@@ -95,41 +95,44 @@ def _attention(
     `length` stays, and what it attends to adds to the slots' mass of this step.
     """
     table, retained = page_table[layer], length[layer]
-    first = None
-    if shares:
-        retained = retained - new_lengths
-        if decay is not None:
-            first, decay = _mass_of_new(slot_mass, table, retained, new_lengths, query.shape[2], peak), 1.0
     kernel: Callable[..., Tensor] = reference.attention
-    if query.is_cpu and cpu.serves(query, k_pages, v_pages, table, retained + new_lengths):
+    if query.is_cpu and cpu.serves(query, k_pages, v_pages, table, retained if shares else retained + new_lengths):
         kernel = cpu.attention
     elif _use_triton(query) and query.dtype != torch.float64 and bias is None:  # the Triton kernels take no bias
         from lethe_compile.kernels.decode import triton as decode
         from lethe_compile.kernels.prefill import triton as prefill
 
         kernel = decode.attention if query.shape[2] == 1 else prefill.attention
-    out = kernel(
-        query,
-        key,
-        value,
-        k_pages,
-        v_pages,
-        slot_position,
-        slot_mass,
-        table,
-        retained,
-        positions,
-        new_lengths,
-        scale=scale,
-        window=window,
-        chunked=chunked,
-        softcap=softcap,
-        sinks=sinks,
-        slopes=slopes,
-        decay=decay,
-        peak=peak,
-        **({} if bias is None else {"bias": bias}),
-    )
+    rule: dict[str, Any] = {"scale": scale, "window": window, "chunked": chunked, "softcap": softcap}
+    rule |= {"sinks": sinks, "slopes": slopes, **({} if bias is None else {"bias": bias})}
+    state = (k_pages, v_pages, slot_position, slot_mass, table, retained)
+    new = (query, key, value)
+    return attend_shared(kernel, new, state, positions, new_lengths, decay, peak=peak, shares=shares, **rule)
+
+
+def attend_shared(
+    kernel: Callable[..., Tensor],
+    new: tuple[Tensor, Tensor, Tensor],
+    state: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor],
+    positions: Tensor,
+    new_lengths: Tensor,
+    decay: float | None,
+    *,
+    peak: bool,
+    shares: bool,
+    **rule: Any,
+) -> Tensor:
+    """A kernel's attention over a cache that an earlier layer of this step may have appended to, as `_attention` says.
+
+    `new` are query, key and value; `state` the pools, the table and length of this cache.
+    """
+    *pools, table, length = state
+    slot_mass, steps, first = state[3], new[0].shape[2], None
+    if shares:
+        length = length - new_lengths
+        if decay is not None:
+            first, decay = _mass_of_new(slot_mass, table, length, new_lengths, steps, peak), 1.0
+    out = kernel(*new, *pools, table, length, positions, new_lengths, decay=decay, peak=peak, **rule)
     if first is not None:
         slots, mass = first
         slot_mass.view(-1).scatter_reduce_(0, slots, mass, "amax" if peak else "sum")
@@ -321,8 +324,8 @@ def top(score: Tensor, position: Tensor, length: Tensor, **rule: Any) -> Tensor:
 
 
 def hoyer_sparsity(mass: Tensor, length: Tensor) -> Tensor:
-    """`kernels.select.reference.hoyer_sparsity`, by the fastest kernel for the tensors' device."""
-    if _use_triton(mass):
+    """`kernels.select.reference.hoyer_sparsity`, by the fastest kernel; traced, it is PyTorch."""
+    if _use_triton(mass) and not torch.compiler.is_exporting():
         from lethe_compile.kernels.select.triton import hoyer_sparsity as fast
 
         return fast(mass, length)

@@ -14,6 +14,8 @@ from lethe_compile.config import LetheConfig
 from lethe_compile.errors import (
     ArtifactError,
     ConfigError,
+    EngineBusyError,
+    EngineClosedError,
     InputError,
     LetheError,
     MissingPackageError,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from lethe_compile.comparison import Comparison, Thresholds, compare
     from lethe_compile.exporters import export
     from lethe_compile.runtime import OptimizedModel
+    from lethe_compile.serving import Engine, Request, SamplingParams
 
 if "lethe" not in entry_points(group="torch_dynamo_backends").names and find_spec("torch"):  # a checkout
     from torch._dynamo import register_backend
@@ -41,12 +44,17 @@ __all__ = [
     "ArtifactError",
     "Comparison",
     "ConfigError",
+    "Engine",
+    "EngineBusyError",
+    "EngineClosedError",
     "InputError",
     "LetheConfig",
     "LetheError",
     "MissingPackageError",
     "OptimizedModel",
     "OutOfPagesError",
+    "Request",
+    "SamplingParams",
     "Thresholds",
     "UnsupportedGraphError",
     "VerificationError",
@@ -57,9 +65,12 @@ __all__ = [
 
 _LATE = {
     "Comparison": "lethe_compile.comparison",
+    "Engine": "lethe_compile.serving",
+    "OptimizedModel": "lethe_compile.runtime",
+    "Request": "lethe_compile.serving",
+    "SamplingParams": "lethe_compile.serving",
     "Thresholds": "lethe_compile.comparison",
     "compare": "lethe_compile.comparison",
-    "OptimizedModel": "lethe_compile.runtime",
     "export": "lethe_compile.exporters",
     "optimize": "lethe_compile.api",
 }

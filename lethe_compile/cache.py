@@ -9,22 +9,48 @@ can be outrun.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lethe_compile.allocator import Counts
 from lethe_compile.errors import ConfigError, InputError, OutOfPagesError
 from lethe_compile.keep_sets import KeepSets
 from lethe_compile.pool import Geometry, Plan, Pool, Staging
+from lethe_compile.transfers import Fetched, sent
 
-__all__ = ["Geometry", "KVCache"]
+__all__ = ["Geometry", "KVCache", "Rows"]
 
 _SLACK = 16  # where growing may copy a sequence, it takes at least 1/16 of its length
 
 _Tokens = TypeVar("_Tokens", int, Counts)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a cache, each once, by their indices on the host and on the device."""
+
+    on_host: NDArray[np.int64]
+    on_device: Tensor
+
+    @classmethod
+    def of(cls, index: Sequence[int] | NDArray[np.int64], device: torch.device) -> Rows:
+        """The device is not waited for."""
+        host = np.asarray(index, np.int64)
+        return cls(host, sent(host, device))
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """A compaction under way on the device; see `KVCache.compact_later`."""
+
+    rows: Rows
+    bound: Counts  # [layers, rows] tokens before it, as the host bounded them
+    lengths: Fetched  # [2, layers, rows]: before, and after
 
 
 class KVCache:
@@ -201,13 +227,28 @@ class KVCache:
         if not index:
             return
         self.lengths[:, index] = 0
-        if len(index) == self.rows:
-            self.length.zero_()
+        if index[-1] - index[0] == len(index) - 1:  # a list of indices would make the device wait for the host
+            self.length[:, index[0] : index[-1] + 1].zero_()
         else:
             self.length[:, index] = 0
         held = self.pages_held()
         held[:, index] = 0
         self._truncate(held)
+
+    def move(self, source: slice, target: slice) -> None:
+        """What rows `source` hold becomes that of rows `target`, which must be empty; no key or value is copied.
+
+        Raises:
+            InputError: a target row holds something.
+        """
+        if self.pages_held()[:, target].any():
+            raise InputError(f"rows {target.start} to {target.stop - 1} hold pages: free them first")
+        self.lengths[:, target], self.lengths[:, source] = self.lengths[:, source].copy(), 0
+        self.length[:, target] = self.length[:, source].clone()
+        self.length[:, source] = 0
+        for pool in self._pools:
+            pool.move(source, target, self.rows)
+        self._stale = True
 
     def trim(self) -> None:
         """Give back every page that is only reserved."""
@@ -219,46 +260,57 @@ class KVCache:
 
     # -------------------------------------------------------------------------------------------------- a round
 
-    def scores(self) -> tuple[Tensor, Tensor, Tensor]:
+    def scores(self, rows: Rows | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(mass [layers, rows, N] float32, position [layers, rows, N] int32, length [layers, rows] int64).
 
         N is that of the longest row, as the host bounds it, and at least 1. Beyond a row's length mass is 0 and
-        position -1. The device is not waited for.
+        position -1. Of all rows, or of `rows` alone. The device is not waited for.
         """
         self._upload()
-        tokens = max(1, int(self.lengths.max(initial=0)))
-        table = self.page_table[:, :, : self._pages(tokens)]  # [layers, rows, pages]
+        table, length, longest = self._of(rows)
+        tokens = max(1, longest)
+        table = table[:, :, : self._pages(tokens)]  # [layers, rows, pages]
         gathered = [pool.slots(table, tokens) for pool in self._pools]
         mass, position = gathered[0]
         if len(gathered) > 1:
-            shape = (*self.lengths.shape, tokens)
+            shape = (*length.shape, tokens)
             mass, position = mass.new_empty(shape), position.new_empty(shape)
             for pool, (pool_mass, pool_position) in zip(self._pools, gathered, strict=True):
                 mass.index_copy_(0, pool.index, pool_mass)
                 position.index_copy_(0, pool.index, pool_position)
-        beyond = torch.arange(tokens, device=self.device) >= self.length.unsqueeze(2)
-        return mass.masked_fill_(beyond, 0), position.masked_fill_(beyond, -1), self.length.long()
+        beyond = torch.arange(tokens, device=self.device) >= length.unsqueeze(2)
+        return mass.masked_fill_(beyond, 0), position.masked_fill_(beyond, -1), length.long()
 
-    def keys(self, layer: int) -> Tensor:
+    def keys(self, layer: int, rows: Rows | None = None) -> Tensor:
         """[rows, N, kv_heads, k_dim] of one layer, 0 beyond a row's length; N as in `scores`. Nothing is waited for."""
         self._upload()
-        tokens = max(1, int(self.lengths.max(initial=0)))
+        table, length, longest = self._of(rows)
+        tokens = max(1, longest)
         pool = self._pools[self.pool_of_layer[layer]]
-        keys = pool.keys(self.page_table[layer, :, : self._pages(tokens)], tokens)
-        beyond = torch.arange(tokens, device=self.device) >= self.length[layer].unsqueeze(1)  # [rows, N]
+        keys = pool.keys(table[layer, :, : self._pages(tokens)], tokens)
+        beyond = torch.arange(tokens, device=self.device) >= length[layer].unsqueeze(1)  # [rows, N]
         return keys.masked_fill(beyond[:, :, None, None], 0)
 
-    def clear_mass(self) -> None:
-        """Forget what attention went to: the mass of every token becomes 0."""
+    def clear_mass(self, rows: Rows | None = None) -> None:
+        """Forget what attention went to: the mass of every token becomes 0, of all rows or of `rows` alone."""
         for pool in self._pools:
-            pool.clear_mass()
+            pages = None if rows is None else sent(pool.pages_of(rows.on_host, self.rows), self.device)
+            pool.clear_mass(pages)
 
-    def compact(self, keep: Tensor | None, *others: Tensor) -> list[Counts]:
+    def _of(self, rows: Rows | None) -> tuple[Tensor, Tensor, int]:
+        """Page table and length of the rows, and the longest of them."""
+        if rows is None:
+            return self.page_table, self.length, int(self.lengths.max(initial=0))
+        index = rows.on_device
+        longest = int(self.lengths[:, rows.on_host].max(initial=0))
+        return self.page_table.index_select(1, index), self.length.index_select(1, index), longest
+
+    def compact(self, keep: Tensor | None, *others: Tensor, rows: Rows | None = None) -> list[Counts]:
         """Drop the slots outside `keep` [layers, rows, N] bool, N at least the longest row; free emptied pages.
 
-        None drops nothing. The device is waited for once, to read the lengths back, and `others` with them. A sequence
-        that loses a token also gives back what it had reserved. The page table is uploaded by the next `reserve` or
-        `inputs`; until then its surplus entries are stale but within the pool.
+        None drops nothing. With `rows`, of these alone. The device is waited for once, to read the lengths back, and
+        `others` with them. A sequence that loses a token also gives back what it had reserved. The page table is
+        uploaded by the next `reserve` or `inputs`; until then its surplus entries are stale but within the pool.
 
         Returns:
             [layers, rows] tokens before (those after are `lengths`), then `others` as the host's int64.
@@ -266,29 +318,75 @@ class KVCache:
         Raises:
             InputError: `keep` has another number of layers or rows, or is too short.
         """
-        before = self.length.clone()
-        if keep is not None:
-            self._check_keep(keep)
-            self._upload()
-            for pool in self._pools:
-                self.length.index_copy_(0, pool.index, pool.compact(self.page_table, before, keep))
-        old, new, *rest = self._read(before, self.length, *others)
-        emptied = (self._pages(old) - self._pages(new)).sum(1)  # [layers]
-        self.bytes_freed += sum(int(emptied[pool.layers].sum()) * pool.kv_bytes for pool in self._pools)
-        self._truncate(np.where(new < old, self._pages(new), self.pages_held()))
-        self.lengths = new
+        before, now = self._drop(keep, rows)
+        old, new, *rest = self._read(before, now, *others)
+        at: Any = slice(None) if rows is None else rows.on_host
+        self._freed(old, new)
+        held = self.pages_held()
+        held[:, at] = np.where(new < old, self._pages(new), held[:, at])
+        self._truncate(held)
+        self.lengths[:, at] = new
         return [old, *rest]
 
-    def limit(self, tokens_per_row: Sequence[int] | Counts) -> int:
+    def compact_later(self, keep: Tensor | None, rows: Rows) -> Compaction:
+        """`compact`, and nothing is waited for: bounds and pages stay as they are until `settle` is given the result.
+
+        Until then the rows must stay where they are, and be compacted no further.
+
+        Raises:
+            InputError: as `compact`.
+        """
+        before, now = self._drop(keep, rows)
+        return Compaction(rows, self.lengths[:, rows.on_host].copy(), Fetched(torch.stack([before, now])))
+
+    def settle(self, done: Compaction, room: Sequence[int] | Counts) -> Counts:
+        """Take over what `compact_later` did: the rows keep `room` [rows] tokens beyond what they hold, as far as that
+        is reserved, and give back the other pages. Tokens that steps have appended since are counted in.
+
+        Returns:
+            [layers, its rows] tokens that were dropped.
+        """
+        old, new = done.lengths.wait()
+        at = done.rows.on_host
+        self.lengths[:, at] -= done.bound - new
+        self._freed(old, new)
+        held, needed = self.pages_held(), self._pages(self.lengths + self._per_row(room))
+        held[:, at] = np.where(new < old, np.minimum(held, needed)[:, at], held[:, at])
+        self._truncate(held)
+        dropped: Counts = old - new
+        return dropped
+
+    def _drop(self, keep: Tensor | None, rows: Rows | None) -> tuple[Tensor, Tensor]:
+        """Launch a compaction: lengths before and after it, [layers, rows] int32 on the device."""
+        now = self._of(rows)[1]
+        before = now.clone()
+        if keep is not None:
+            self._check_keep(keep, rows)
+            self._upload()
+            table = self._of(rows)[0]
+            for pool in self._pools:
+                now.index_copy_(0, pool.index, pool.compact(table, before, keep))
+            if rows is not None:
+                self.length.index_copy_(1, rows.on_device, now)
+        return before, now
+
+    def _freed(self, old: Counts, new: Counts) -> None:
+        emptied = (self._pages(old) - self._pages(new)).sum(1)  # [layers]
+        self.bytes_freed += sum(int(emptied[pool.layers].sum()) * pool.kv_bytes for pool in self._pools)
+
+    def limit(self, tokens_per_row: Sequence[int] | Counts, fixed: NDArray[np.bool_] | None = None) -> int:
         """The most tokens that every layer and row may keep so that a reserve of so many more is granted, after `trim`.
+
+        Rows that are `fixed` [rows] keep what they have.
 
         Raises:
             OutOfPagesError: not even one token each.
         """
         tokens, low, high = self._per_row(tokens_per_row), 0, int(self.lengths.max(initial=0))
+        kept = np.zeros(self.rows, np.bool_) if fixed is None else fixed
         while low < high:  # a limit of `high` may fit, and `low` does, or is 0
             middle = (low + high + 1) // 2
-            need = self._split(self._pages(np.minimum(self.lengths, middle) + tokens))
+            need = self._split(self._pages(np.where(kept, self.lengths, np.minimum(self.lengths, middle)) + tokens))
             low, high = (middle, high) if self._fits(need) else (low, middle - 1)
         if not low:
             raise OutOfPagesError(f"no room for {int(tokens.max(initial=0))} new tokens a row, whatever is evicted")
@@ -326,6 +424,20 @@ class KVCache:
     def pool_bytes(self) -> int:
         """Storage of the pools' tensors as it is, held or free."""
         return sum(pool.bytes for pool in self._pools)
+
+    @property
+    def pages(self) -> tuple[int, int]:
+        """(held, free) pages of all pools: free ones as `max_bytes` allows, without it as the pools have them now."""
+        held = sum(pool.layout.used for pool in self._pools)
+        if self.max_bytes is None:
+            return held, sum(pool.layout.capacity for pool in self._pools) - held
+        left = self.max_bytes - self._bytes(pool.layout.used for pool in self._pools)
+        return held, max(0, left) // min(pool.page_bytes for pool in self._pools)
+
+    def widen(self, tokens: int) -> None:
+        """Make the page table wide enough for rows of so many tokens, so that it need not be replaced later."""
+        self._stale = True
+        self._upload(self._pages(tokens))
 
     def pages_held(self) -> Counts:
         """[layers, rows] pages held, those that are only reserved included."""
@@ -380,10 +492,10 @@ class KVCache:
         tokens: Counts = array * self._there
         return tokens
 
-    def _check_keep(self, keep: Tensor) -> None:
-        layers, longest = len(self.pool_of_layer), int(self.lengths.max(initial=0))
-        if keep.shape[:2] != (layers, self.rows) or keep.shape[2] < longest:
-            raise InputError(f"keep is {list(keep.shape)}: must be [{layers}, {self.rows}, >= {longest}]")
+    def _check_keep(self, keep: Tensor, rows: Rows | None) -> None:
+        _, length, longest = self._of(rows)
+        if keep.shape[:2] != length.shape or keep.shape[2] < longest:
+            raise InputError(f"keep is {list(keep.shape)}: must be [{', '.join(map(str, length.shape))}, >= {longest}]")
 
     def _read(self, *tensors: Tensor) -> list[Counts]:
         """The tensors as int64 on the host, in one transfer."""

@@ -27,6 +27,14 @@ class OutOfPagesError(LetheError, RuntimeError):
     """The page pool has a hard limit, and that limit is reached."""
 
 
+class EngineBusyError(LetheError, RuntimeError):
+    """As many requests wait as the engine may queue: try again later."""
+
+
+class EngineClosedError(LetheError, RuntimeError):
+    """The engine takes no requests any more: it was closed, or it failed, and then the cause is attached."""
+
+
 class ArtifactError(LetheError):
     """An exported directory that cannot be loaded: damaged, too new, made for another device or vocabulary."""
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from lethe_compile.errors import ConfigError
+from lethe_compile.passes.insert_attention import without_fading
 from lethe_compile.passes.outline import Outline, Span, narrowed, outline
-from lethe_compile.passes.program import Program, attribute, shape_of
+from lethe_compile.passes.program import CACHED_OP, Program, attribute, shape_of
 
 BACKENDS = ("auto", "eager", "inductor", "cudagraphs")
 
@@ -130,12 +131,14 @@ class Executor:
         new_lengths: Tensor,
         state: Mapping[str, Tensor],
         last: Tensor | None = None,
+        same_step: bool = False,
     ) -> Tensor:
         """Logits ``[rows, T, vocab]`` of right-padded ids ``[rows, T]`` at logical positions ``[rows, T]``.
 
         `new_lengths` is ``[rows]`` int32, `state` as `KVCache.inputs`. With `last` ``[rows]``, the column of each row's
         last token, what follows the last such op is computed for those alone: ``[rows, 1, vocab]``. `verify` has seen
-        that nothing there mixes tokens.
+        that nothing there mixes tokens. With `same_step`, the tokens belong to the step of those before them, as parts
+        of one prompt do: no score fades.
         """
         ids, positions = ids.contiguous(), positions.contiguous()  # so that one compiled region serves every batch
         given = {"input_ids": ids, "positions": positions, "new_lengths": new_lengths, **state}
@@ -150,6 +153,8 @@ class Executor:
             if not final:
                 node = cuts[index]
                 args = fx.node.map_arg(node.args, values.__getitem__)
+                if same_step and node.target is CACHED_OP:
+                    args = without_fading(args)
                 values[node] = node.target(*args)  # type: ignore[operator]
             for dead in self._last_use[index]:
                 del values[dead]
@@ -201,18 +206,17 @@ def _at(value: Tensor, dim: int, column: Tensor) -> Tensor:
 class DecodeGraph:
     """One decode step of a fixed number of rows, captured as a CUDA graph and replayed.
 
-    Attributes (static tensors, read and written by the replay):
+    Static tensors, read and written by the replay:
         tokens: ``[rows]`` int64, the token each row is fed.
         active: ``[rows]`` bool, rows that take part.
         next_position: ``[rows]`` int64, advanced for active rows.
     """
 
-    def __init__(self, executor: Executor, rows: int, device: torch.device) -> None:
+    def __init__(self, executor: Executor, tokens: Tensor, active: Tensor, next_position: Tensor) -> None:
         self._executor = executor
         executor.graphs.add(self)
-        self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.active = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.next_position = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.tokens, self.active, self.next_position = tokens, active, next_position
+        self.captures = 0  # how often it was recorded
         self._key: tuple[Any, ...] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
@@ -234,7 +238,14 @@ class DecodeGraph:
         self.next_position += self.active
         return logits[:, 0].float()
 
+    @classmethod
+    def of_rows(cls, executor: Executor, rows: int, device: torch.device) -> DecodeGraph:
+        """With tensors of its own."""
+        kinds = (torch.int64, torch.bool, torch.int64)
+        return cls(executor, *(torch.zeros(rows, dtype=kind, device=device) for kind in kinds))
+
     def _capture(self, state: Mapping[str, Tensor]) -> None:
+        self.captures += 1
         self._graph = self._logits = None  # frees the memory that the next capture takes
         active = self.active.clone()
         self.active.zero_()  # the warm-up, which compiles, appends nothing
@@ -246,7 +257,8 @@ class DecodeGraph:
         # Graphs of one model never run at the same time and can share memory. A pool dies with its last graph.
         pool = next((other._graph.pool() for other in self._executor.graphs if other._graph is not None), None)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Other threads may use the device meanwhile: those that submit to an engine, the one that watches collectives.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self._logits = self._step(state)
         self._graph = graph
         self.active.copy_(active)

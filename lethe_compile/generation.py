@@ -19,6 +19,7 @@ from torch import Tensor
 from lethe_compile import sampling
 from lethe_compile.errors import InputError, LetheError
 from lethe_compile.prompt import Prompt, read_prompt
+from lethe_compile.transfers import Fetched
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 class Decoder(Protocol):
     """A language model with a cache, as the loop sees it: R rows, V = `vocab_size`, logits float32 `[R, V]`.
 
-    A `generation_config` attribute, where there is one, gives the defaults of `generate`.
+    A `generation_config` attribute, where there is one, gives the defaults of `generate`; `ranks`, where it is there
+    and not None, the processes that run the model together (`distributed.Ranks`): tokens and ends are rank 0's.
     """
 
     vocab_size: int
@@ -168,10 +170,17 @@ class _Rule:
         tokens = (probabilities / race).argmax(dim=-1)
         return tokens, probabilities.gather(1, tokens[:, None])[:, 0].isfinite()
 
+    def may_differ(self) -> bool:
+        """Whether two processes may end a row at different steps: by their clocks, or by code of others."""
+        return not all(type(one).__name__ in _BY_TOKENS for one in self.criteria)
+
     def contiguous(self) -> bool:
         """Whether the ids must be: code of others may call `view` on them, as it can in transformers."""
         known = ("transformers.", "lethe_compile.")
         return not all(type(one).__module__.startswith(known) for one in [*self.processors, *self.criteria])
+
+
+_BY_TOKENS = ("MaxLengthCriteria", "EosTokenCriteria", "StopStringCriteria")
 
 
 class _Record:
@@ -191,26 +200,6 @@ class _Record:
         self.logits = None if self.logits is None else (*self.logits, logits)
 
 
-class _HostCopy:
-    """A tensor int64 `[n]` on its way to the host, one at a time; a GPU goes on working meanwhile."""
-
-    def __init__(self, n: int, device: torch.device) -> None:
-        gpu = device.type == "cuda"
-        self._values = torch.empty(n, dtype=torch.int64, pin_memory=gpu)  # a copy into other memory would wait
-        self._arrived = torch.cuda.Event() if gpu else None
-
-    def start(self, values: Tensor) -> None:
-        self._values.copy_(values, non_blocking=True)
-        if self._arrived is not None:
-            self._arrived.record(torch.cuda.current_stream(values.device))
-
-    def wait(self) -> Tensor:
-        """What `start` was given; overwritten by the next."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._values
-
-
 def _overlaps(device: torch.device) -> bool:
     """Whether launching a step before the last one's report is read gains anything."""
     return device.type == "cuda"
@@ -223,7 +212,6 @@ class _Report:
         self, rows: int, device: torch.device, streamer: BaseStreamer | None, advance: Callable[[int], Any]
     ) -> None:
         self.overlap = _overlaps(device)
-        self._copy = _HostCopy(rows + 2, device)
         self._streamer = streamer
         self._advance = advance  # hears how many tokens a step added
         self._step, self._left = 0, rows
@@ -235,11 +223,11 @@ class _Report:
         """
         self._step += 1
         self._broken, self._logits = broken, logits
-        self._copy.start(torch.cat([shown, unfinished.sum()[None], broken.any()[None]]))
+        self._copy = Fetched(torch.cat([shown, unfinished.sum()[None], broken.any()[None]]))
 
     def read(self) -> bool:
         """Waits for the step that was sent: whether any row goes on. Raises for broken scores."""
-        host = self._copy.wait()
+        host = torch.from_numpy(self._copy.wait())
         if host[-1]:
             raise _broken_scores(self._broken, self._logits, self._step)
         self._advance(self._left)
@@ -254,15 +242,20 @@ def _run(decoder: Decoder, prompt: Prompt, new_tokens: int, rule: _Rule, record:
     rows, columns = prompt.ids.shape
     buffer = torch.cat([prompt.ids, prompt.ids.new_empty(rows, new_tokens)], dim=1)
     ids, contiguous = prompt.ids, rule.contiguous()
+    ranks, foreign = getattr(decoder, "ranks", None), rule.may_differ()
     unfinished = active = torch.ones(rows, dtype=torch.bool, device=ids.device)
     logits = decoder.prefill(prompt.right_padded(), prompt.lengths)
     for end in range(columns + 1, columns + new_tokens + 1):
         scores, given = _scores(rule, record, ids, logits, active)
         tokens, sound = rule.choose(scores)
+        if ranks is not None:
+            tokens, sound = ranks.from_first(tokens, sound)
         shown = tokens if rule.pad is None else torch.where(unfinished, tokens, rule.pad)
         buffer[:, end - 1] = shown
         ids = buffer[:, :end].contiguous() if contiguous else buffer[:, :end]
         unfinished = unfinished & ~rule.criteria(ids, record.scores)
+        if ranks is not None and foreign:
+            (unfinished,) = ranks.from_first(unfinished)
         report.send(shown, unfinished, active & ~sound, given)
         # A finished row is fed its own choice: its padding need not be an id of the vocabulary.
         active = unfinished.any().repeat(rows) if rule.pad is None else unfinished

@@ -156,9 +156,27 @@ class Pool:
         pages = self.tensors["k_pages"][table]  # [rows, pages, kv_heads, page, k_dim]
         return pages.transpose(2, 3).flatten(1, 2)[:, :tokens]
 
-    def clear_mass(self) -> None:
-        """Set the mass of every slot to 0."""
-        self.tensors["slot_mass"].zero_()
+    def clear_mass(self, pages: Tensor | None = None) -> None:
+        """Set the mass of every slot to 0, or of every slot of some pages."""
+        if pages is None:
+            self.tensors["slot_mass"].zero_()
+        else:
+            self.tensors["slot_mass"].index_fill_(0, pages, 0.0)
+
+    def pages_of(self, rows: Counts, of: int) -> Counts:
+        """Ids of the pages that some rows, of so many, hold in all layers of the pool."""
+        table = self.layout.table.reshape(len(self.layers), of, -1)[:, rows]
+        held = self.layout.held().reshape(len(self.layers), of, -1)[:, rows]
+        return table[held].astype(np.int64)
+
+    def move(self, source: slice, target: slice, rows: int) -> None:
+        """Rows `target`, of so many, take over the pages of rows `source`."""
+        count, table = self.layout.count.copy(), self.layout.table.copy()
+        for array in (count, table):
+            by_row = array.reshape(len(self.layers), rows, -1)
+            by_row[:, target] = by_row[:, source].copy()
+        count.reshape(len(self.layers), rows)[:, source] = 0
+        self.layout = replace(self.layout, count=count, table=table)
 
     def compact(self, table: Tensor, length: Tensor, keep: Tensor) -> Tensor:
         """Drop slots outside `keep` [layers, rows, N]; returns the new lengths [pool's layers, rows] int32.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lethe_compile import generation
 from lethe_compile.cache import Geometry, KVCache
 from lethe_compile.config import LetheConfig
+from lethe_compile.distributed import Ranks, digest
 from lethe_compile.errors import ConfigError, InputError, OutOfPagesError
 from lethe_compile.executor import DecodeGraph, Executor
 from lethe_compile.inspection import GraphFacts, Inspection
@@ -73,6 +74,7 @@ class OptimizedModel(nn.Module):
         hf_config: the original's transformers config, where it has one.
         give_way: ends the session of `as_hf()` that holds the cache; None while another generation does, or none.
         vocab_size, max_positions: limits on inputs; `max_positions` is None where the model has none.
+        ranks: the processes that run this model together, of `optimize`'s `tp`; None for one alone.
         restart_at: tokens beyond which a generation computes all keys and values anew, once, as transformers does where
             rotary frequencies change with the length; None where they do not.
         captured: the graph before the passes, as `optimize` saw it; None where nobody noted it.
@@ -89,11 +91,12 @@ class OptimizedModel(nn.Module):
         generation_config: Any = None,
         hf_config: Any = None,
         backend: tuple[str, str] = ("eager", "asked for"),
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
         self._dtype: torch.dtype = program.sites[0].node.meta["val"].dtype
         self._device: torch.device = program.input_ids.meta["val"].device
-        self.backend = backend
+        self.backend, self.ranks = backend, ranks
         self._program, self._executor = program, Executor(program, compiled=backend[0] != "eager")
         self._graphs: dict[int, DecodeGraph] = {}  # by rows
         self.graph_module, self.sites, self.caches = program.module, program.sites, program.caches
@@ -114,6 +117,7 @@ class OptimizedModel(nn.Module):
         self._token_bytes = np.array(tokens, np.int64)[:, None]  # [layers, 1]
         self.states = States(self.stateful, self._device)
         self._generating, self._rows = False, 0
+        self._lent_to: str | None = None
         self._configure(config)
 
     def _configure(self, config: LetheConfig) -> None:
@@ -121,7 +125,7 @@ class OptimizedModel(nn.Module):
         self.config, self.policy = config, make_policy(config)
         self._scored = self.policy.decay is not None
         self.page_size = config.page_size_on(self._device.type)
-        self.cache = self._new_cache()
+        self.cache = self.new_cache()
         self._rows = 0
         self.begin_policy(self.policy, 0)
         self._reset(torch.zeros(0, dtype=torch.int64))
@@ -139,7 +143,8 @@ class OptimizedModel(nn.Module):
         if self.give_way is not None:
             self.give_way()
         if self._generating:
-            raise InputError("this model is generating: end that before another configuration")
+            who = "generating" if self._lent_to is None else f"lent to {self._lent_to}"
+            raise InputError(f"this model is {who}: end that before another configuration")
         rule = make_policy(config)
         self._check_heads(rule)
         self.begin_policy(rule, 0)
@@ -162,6 +167,11 @@ class OptimizedModel(nn.Module):
         self._policy = policy
 
     def _check_heads(self, policy: Policy) -> None:
+        sharing = [site.layer for site in self.caches if self.ranks and site.kv_parts < self.ranks.size]
+        if sharing and policy.per_head:
+            raise ConfigError(
+                f"policy {policy.name!r} keeps other tokens for each KV head, and ranks share those of layers {sharing}"
+            )
         several = [site.layer for site in self.caches if site.kv_heads > 1]
         if several and policy.per_head != (self._keep_sets.heads > 1):
             kinds = ["keeps the same tokens for all KV heads of a layer", "keeps other tokens for each KV head"]
@@ -189,7 +199,7 @@ class OptimizedModel(nn.Module):
         positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
         if position_ids is not None:
             positions = position_ids.expand_as(ids).gather(1, order)
-        cache, states = self._new_cache(), States(self.stateful, self._device)
+        cache, states = self.new_cache(), States(self.stateful, self._device)
         cache.begin(len(ids) * self._keep_sets.heads)
         cache.reserve_rows(self._host(lengths))
         states.begin(len(ids))
@@ -222,14 +232,18 @@ class OptimizedModel(nn.Module):
         With a fixed `policy="full"` the tokens are transformers' own; with Lethe the cache is pruned along the way.
         `KeyboardInterrupt` frees the cache and leaves the model ready for the next call.
         """
+        if self.ranks is not None:
+            self.ranks.same(_shown({"inputs": inputs, **options}))
         return generation.generate(self, inputs, **options)
 
     def as_hf(self) -> LetheForCausalLM:
         """This model for what expects transformers' models: `pipeline("text-generation")`, and loops of one's own.
 
         Raises:
-            InputError: it was optimized from something else than a transformers model.
+            InputError: it was optimized from something else than a transformers model, or several ranks run it.
         """
+        if self.ranks is not None:
+            raise InputError("transformers' own loop lets each rank draw its tokens: call generate() of this model")
         from lethe_compile.hf import LetheForCausalLM
 
         return LetheForCausalLM(self)
@@ -241,39 +255,63 @@ class OptimizedModel(nn.Module):
         """
         if self.give_way is not None:
             self.give_way()  # whoever goes on with that session is told
-        if self._generating:
-            raise InputError("this model is generating already: it has one cache; optimize() again for a second one")
+        self._refuse_second()
         self._rows = rows
         hint = self._admit(prompt_lengths, new_tokens)
         prompt_lengths = _padded(prompt_lengths, self._bucket(rows))
         cache_rows = len(prompt_lengths) * self._keep_sets.heads
         if not isinstance(hint, int):  # rows that fill the bucket hold nothing
             hint = np.pad(hint, ((0, 0), (0, cache_rows - hint.shape[1])))
-        try:
-            self.cache.begin(cache_rows, hint)
-        except OutOfPagesError as error:
-            raise InputError(f"{rows} sequences do not fit: {error}") from error
+        with self._together("begin a generation"):
+            try:
+                self.cache.begin(cache_rows, hint)
+            except OutOfPagesError as error:
+                raise InputError(f"{rows} sequences do not fit: {error}") from error
         self.states.begin(len(prompt_lengths))
         self._generating = True
         self.begin_policy(self.policy, cache_rows)
         self._reset(prompt_lengths, new_tokens)
 
+    def lend(self, borrower: str) -> Executor:
+        """What runs the graph, for a `borrower` with a cache of its own; no generation begins until `take_back`.
+
+        Raises:
+            InputError: the model is generating, or lent already.
+        """
+        if self.give_way is not None:
+            self.give_way()
+        self._refuse_second()
+        self._generating, self._lent_to = True, borrower
+        if self.device.type == "cuda":  # memory for the borrower's cache
+            self._graphs.clear()
+            self.cache, self._rows = self.new_cache(), 0
+            self._reset(torch.zeros(0, dtype=torch.int64))
+        return self._executor
+
+    def take_back(self) -> None:
+        """The borrower is done; does nothing where there is none."""
+        if self._lent_to is not None:
+            self._generating, self._lent_to = False, None
+
+    def _refuse_second(self) -> None:
+        if self._lent_to is not None:
+            raise InputError(f"{self._lent_to} has this model: ask it, or close it first")
+        if self._generating:
+            raise InputError("this model is generating already: it has one cache; optimize() again for a second one")
+
     def begin_policy(self, policy: Policy, rows: int) -> None:
         """Let a policy forget its last generation, and know what the caches of this model take."""
-        whole = [Geometry(site.kv_heads, *site.geometry[1:]) for site in self.caches]
-        policy.begin(len(self.caches), rows, [one.bytes_per_token(self._dtype) for one in whole])
+        policy.begin(len(self.caches), rows, self.token_bytes)
 
     def _bucket(self, rows: int) -> int:
         """Sequences that the cache is made for: captured graphs serve a few sizes, and what is over stays empty."""
-        if self.backend[0] != "cudagraphs":
-            return rows
-        return next(size for size in (*_BUCKETS, -(-rows // _BUCKETS[-1]) * _BUCKETS[-1]) if size >= rows)
+        return bucket(rows) if self.backend[0] == "cudagraphs" else rows
 
     def _admit(self, prompt_lengths: Tensor, new_tokens: int | None) -> int | Counts:
         """Tokens [layers, rows] that the cache should have room for at once; refuses what cannot be made to fit."""
         cache = self.cache
         last = cache.max_bytes if self._allowed_by == self.kv_memory else None
-        cache.max_bytes = allowance(self.kv_memory, self.device, cache.pool_bytes, last)
+        cache.max_bytes = self._least(allowance(self.kv_memory, self.device, cache.pool_bytes, last))
         self._allowed_by = self.kv_memory
         if new_tokens is None:
             return 0
@@ -281,7 +319,7 @@ class OptimizedModel(nn.Module):
         least = self.policy.least_tokens(prompts, new_tokens, self._windows)
         allowed = cache.max_bytes
         if allowed is None and self.device.type == "cuda":
-            allowed = available_bytes(self.device) + cache.pool_bytes
+            allowed = self._least(available_bytes(self.device) + cache.pool_bytes)
         need = cache.bytes_for(least)
         if allowed is not None and need > allowed:
             raise InputError(
@@ -300,7 +338,7 @@ class OptimizedModel(nn.Module):
         self._graph: DecodeGraph | None = None
         if self.backend[0] == "cudagraphs" and rows:
             if rows not in self._graphs:
-                self._graphs[rows] = DecodeGraph(self._executor, rows, self.device)
+                self._graphs[rows] = DecodeGraph.of_rows(self._executor, rows, self.device)
             self._graph = self._graphs[rows]
             self._next_position = self._graph.next_position.zero_()
         else:
@@ -383,7 +421,7 @@ class OptimizedModel(nn.Module):
             InputError: masks read more of earlier tokens than a past holds, or layers cache something else.
         """
         self._check_past()
-        cache, states = self._new_cache(), States(self.stateful, self._device)
+        cache, states = self.new_cache(), States(self.stateful, self._device)
         rows, tokens = input_ids.shape
         cache.begin(rows * self._keep_sets.heads)
         past.fill(cache, self._host(past.lengths))
@@ -394,6 +432,8 @@ class OptimizedModel(nn.Module):
         return self._run(cache, states, input_ids, positions, torch.full_like(past.lengths, tokens), furthest)
 
     def _check_past(self) -> None:
+        if self.ranks is not None:
+            raise InputError("a past from elsewhere holds the keys of all heads, and a rank its own: generate from ids")
         if latent := [site.layer for site in self.sites if site.latent]:
             raise InputError(
                 f"layers {latent} cache the latent of their keys and values, and a cache from elsewhere holds these:"
@@ -470,12 +510,19 @@ class OptimizedModel(nn.Module):
         last: Tensor | None = None,
     ) -> Tensor:
         """Logits of `ids` [rows, T], the cache's first rows, as `Executor.run`; all positions are below `furthest`."""
-        state = {**cache.inputs(), **states.inputs(len(ids))}
+        state = self.graph_state(cache, states, len(ids), furthest=furthest)
+        return self._executor.run(ids, positions, new_lengths.to(torch.int32), state, last)
+
+    def graph_state(
+        self, cache: KVCache, states: States, rows: int, *, first: int = 0, furthest: int = 0
+    ) -> dict[str, Tensor]:
+        """The graph's state inputs, of `rows` sequences from the `first` on; all positions are below `furthest`."""
+        state, heads = {**cache.inputs(), **states.inputs(rows, first)}, self._keep_sets.heads
         if self._content:
             state["seen"] = torch.arange(furthest, device=self._device)
         for name in ("page_table", "length"):
-            state[name] = state[name][:, : len(ids) * self._keep_sets.heads]
-        return self._executor.run(ids, positions, new_lengths.to(torch.int32), state, last)
+            state[name] = state[name][:, first * heads : (first + rows) * heads]
+        return state
 
     @contextmanager
     def interpreted(self) -> Iterator[None]:
@@ -539,7 +586,7 @@ class OptimizedModel(nn.Module):
 
         Waits for the device once, behind the compaction; more often only where pages run out.
         """
-        held, scores = self.cache.pages_held(), self.cache.scores()
+        held, scores = self.cache.pages_held(), self._scores()
         sparsity = self._sparsity(scores) if self.recorder is not None and self.recorder.sparsity else None
         before, seen, on = self._evict(active, scores)
         self._ledger.read(seen, before, held)
@@ -567,12 +614,12 @@ class OptimizedModel(nn.Module):
     def _evict(self, active: Tensor, scores: Scores, limit: Tensor | None = None) -> list[Counts]:
         """Prune and compact every layer and row; the lengths before, the next positions and `active`, as read back.
 
-        `scores` are those of the cache as it is.
+        `scores` are those of the cache as it is, of all ranks' heads.
         """
         sets = self._keep_sets
         prompts, following, on_now = map(sets.spread, (self._prompt_lengths, self._next_position, active))
         rows = (prompts, following, on_now)
-        state = RoundState(*scores, self._windows, *rows, key_source=self.cache.keys, heads=sets.heads)
+        state = RoundState(*scores, self._windows, *rows, key_source=self._keys, heads=sets.heads)
         keep = self.policy.round(state, limit)
         if keep is not None and self.on_round:
             self._tell(state, keep)
@@ -582,6 +629,31 @@ class OptimizedModel(nn.Module):
         after = self.cache.lengths
         self._ledger.evicted(before - after, self.cache.pages_for(before) - self.cache.pages_for(after))
         return [before, sets.repeat(seen), sets.repeat(on)]
+
+    def _scores(self) -> Scores:
+        """The cache's scores, of all ranks' heads: what a round chooses by.
+
+        What the cache holds stays this rank's own part: both rules by which it goes on, sum and peak, commute with the
+        reduction. Rows that are KV heads are one rank's alone.
+        """
+        mass, position, length = self.cache.scores()
+        if self.ranks is not None and self.policy.decay is not None and not self.policy.per_head:
+            mass = self.ranks.reduced(mass, peak=self.policy.peak)
+        return mass, position, length
+
+    def _keys(self, layer: int) -> Tensor:
+        """[rows, slots, KV heads, k_dim] of one layer, of all ranks' heads where a row is a sequence."""
+        keys = self.cache.keys(layer)
+        if self.ranks is None or self.policy.per_head:
+            return keys
+        return self.ranks.all_heads(keys, self.caches[layer].kv_parts)
+
+    def _least(self, value: int | None) -> int | None:
+        """The least of all ranks: what must fit on each."""
+        return value if self.ranks is None else self.ranks.least(value)
+
+    def _together(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.ranks is None else self.ranks.together(what)
 
     def _sparsity(self, scores: Scores) -> Tensor | None:
         """[layers, rows] Hoyer sparsity of the cache's `scores`; None where the graph keeps none."""
@@ -603,19 +675,26 @@ class OptimizedModel(nn.Module):
         """Pages until the next round, pruning harder where there are too few; see `Policy.round` on limits."""
         tokens = self._live * self._until_round
         for attempt in range(1, _ATTEMPTS + 1):
+            failed: OutOfPagesError | None = None
             try:
                 self.cache.reserve_rows(tokens)
-            except OutOfPagesError:
-                if attempt == _ATTEMPTS:
-                    raise
-                self.cache.trim()
-                limit = self.cache.limit(tokens)
-                if (self.cache.lengths > limit).any():
-                    self._ledger.pressed += 1
-                    limits = torch.full(self.cache.lengths.shape, limit, device=self.device)
-                    self._evict(active, self.cache.scores(), limits)
-            else:
+            except OutOfPagesError as error:
+                failed = error
+            if self.ranks.everywhere(failed is None) if self.ranks is not None else failed is None:
                 return
+            if attempt == _ATTEMPTS:
+                raise failed or OutOfPagesError("another rank has no room for the next steps")
+            self.cache.trim()
+            with self._together("find room for the next steps"):
+                limit = self.cache.limit(tokens)
+            limit = self._least(limit) or limit
+            over = bool((self.cache.lengths > limit).any())
+            if self.ranks is not None:  # rows of a rank's own heads may be shorter than another's
+                over = not self.ranks.everywhere(not over)
+            if over:
+                self._ledger.pressed += 1
+                limits = torch.full(self.cache.lengths.shape, limit, device=self.device)
+                self._evict(active, self._scores(), limits)
 
     def _observe(self) -> None:
         """Read back what the steps since the last round did."""
@@ -651,10 +730,27 @@ class OptimizedModel(nn.Module):
     def _windows(self) -> tuple[int | None, ...]:
         return tuple(site.mask.window if site.mask else None for site in self.caches)
 
+    @property
+    def token_bytes(self) -> list[int]:
+        """Of each cache: keys and values of one token, all its KV heads together."""
+        whole = [Geometry(site.kv_heads, *site.geometry[1:]) for site in self.caches]
+        return [one.bytes_per_token(self._dtype) for one in whole]
+
+    @property
+    def keep_sets(self) -> KeepSets:
+        """Rows of the cache that a sequence has."""
+        return self._keep_sets
+
+    @property
+    def needs_content(self) -> bool:
+        """Whether masks depend on the tokens."""
+        return self._content
+
     def _geometries(self) -> list[Geometry]:
         return [Geometry(*site.geometry) for site in self.caches]
 
-    def _new_cache(self) -> KVCache:
+    def new_cache(self) -> KVCache:
+        """An empty cache of this model's layers."""
         return KVCache(
             self._geometries(),
             page_size=self.page_size,
@@ -679,7 +775,7 @@ class OptimizedModel(nn.Module):
 
         Of the generation under way, or of the last one; a finished sequence shows what it held when it finished.
         """
-        if self._generating:
+        if self._generating and self._lent_to is None:
             self._observe()
         ledger, sets, rows = self._ledger, self._keep_sets, self._rows
         thresholds, sparsity = self.policy.thresholds.cpu().numpy(), self.policy.sparsity.cpu().numpy()
@@ -702,6 +798,33 @@ class OptimizedModel(nn.Module):
         )
 
 
+def bucket(rows: int) -> int:
+    """The size of a captured graph that serves so many rows."""
+    return next(size for size in (*_BUCKETS, -(-rows // _BUCKETS[-1]) * _BUCKETS[-1]) if size >= rows)
+
+
 def _padded(values: Tensor, rows: int) -> Tensor:
     """`values` [n] with zeros behind, [rows]."""
     return torch.nn.functional.pad(values, (0, rows - len(values)))
+
+
+_OWN_OPTIONS = ("streamer", "progress", "tokenizer")  # of `generate`: each rank may have its own
+
+
+def _shown(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` as ranks compare them; of what has no value to compare, its kind."""
+    shown: dict[str, Any] = {}
+    for name, value in options.items():
+        if value is None or name in _OWN_OPTIONS:
+            continue
+        if isinstance(value, Tensor):
+            shown[name] = digest(value)
+        elif hasattr(value, "to_dict"):
+            shown[name] = value.to_dict()
+        elif isinstance(value, (bool, int, float, str)):
+            shown[name] = value
+        elif isinstance(value, (list, tuple)):
+            shown[name] = [one if isinstance(one, (bool, int, float, str)) else type(one).__name__ for one in value]
+        else:
+            shown[name] = type(value).__name__
+    return shown

@@ -40,12 +40,18 @@ class States:
             else:
                 self.tensors[name] = torch.zeros(shape, dtype=dtype, device=self._device)
 
-    def inputs(self, rows: int | None = None) -> dict[str, Tensor]:
-        """The graph's inputs, of the first `rows` rows; none without a stateful call."""
+    def inputs(self, rows: int | None = None, first: int = 0) -> dict[str, Tensor]:
+        """The graph's inputs, of `rows` rows from the `first` on, or of all; none without a stateful call."""
         if not self._calls:
             return {}
-        state = {name: tensor if rows is None else tensor[:rows] for name, tensor in self.tensors.items()}
+        end = None if rows is None else first + rows
+        state = {name: tensor[first:end] for name, tensor in self.tensors.items()}
         return {**state, "has_previous_state": self._flags[self.has_previous_state]}
+
+    def move(self, source: int, target: int) -> None:
+        """Row `target` takes over the state of row `source`."""
+        for tensor in self.tensors.values():
+            tensor[target] = tensor[source]
 
     def bytes_of(self, rows: int) -> list[int]:
         """Bytes that `rows` rows hold in each call."""

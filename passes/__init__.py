@@ -14,6 +14,7 @@ from lethe_compile.passes.locate_attention import LocateAttention
 from lethe_compile.passes.locate_cache import LocateCache
 from lethe_compile.passes.normalize import Normalize
 from lethe_compile.passes.rewrite_positions import RewritePositions
+from lethe_compile.passes.tensor_parallel import TensorParallel
 
 
 def pipeline(
@@ -24,6 +25,7 @@ def pipeline(
     fuse: bool = False,
     own_cache: bool = False,
     latent: bool = True,
+    parallel: TensorParallel | None = None,
 ) -> tuple[Pass, ...]:
     """Every pass from a captured graph to one that attends over the cache.
 
@@ -31,8 +33,10 @@ def pipeline(
 
     `own_cache` is for a decode step that carries a cache, `Program.step`. `fuse` adds what only pays where memory
     bandwidth is the limit: a GPU. `latent` lets layers cache what their keys and values are made of, as `CacheLatent`.
+    `parallel` leaves this rank its share of the model.
     """
     first: tuple[Pass, ...] = (LocateCache(),) if own_cache else ()
+    shares: tuple[Pass, ...] = () if parallel is None else (parallel,)
     fusions: tuple[Pass, ...] = (FuseProjections(),) if fuse else ()
     return (
         *first,
@@ -44,6 +48,7 @@ def pipeline(
         ClassifyMasks(),
         RewritePositions(),
         InsertState(),
+        *shares,
         InsertAttention(decay, peak, per_head),
         *fusions,
     )

@@ -86,7 +86,7 @@ def paged_step(program: Program) -> fx.GraphModule:
         UnsupportedGraphError: as `refuse_what_has_no_contiguous_form`.
     """
     refuse_what_has_no_contiguous_form(program)
-    return _PagedBuilder(program).build()
+    return PagedBuilder(program).build()
 
 
 class CachedAttention(nn.Module):
@@ -262,7 +262,11 @@ class _Builder:
         return [self._value(node) for node in self.outline.spans[-1].inputs]
 
     def _region(self, span: Span) -> fx.GraphModule:
-        return _in_core_ops(self.outline.regions[span.region])
+        return _rewritten(self.outline.regions[span.region], self._decomposed())
+
+    def _decomposed(self) -> Mapping[str, Callable[..., Tensor]]:
+        """What takes the place of ops that a format lacks, by their names."""
+        return DECOMPOSED
 
     def _attention(self, site: Site, caches: list[_Cache]) -> None:
         arguments, cache = site.node.args, caches[site.cache]
@@ -293,13 +297,16 @@ class _Builder:
         return self.values[node]
 
 
-class _PagedBuilder(_Builder):
+class PagedBuilder(_Builder):
     """The same spans, around the ops that they were cut at."""
 
     def _begin(self) -> list[_Cache]:
-        self.given = self._inputs([str(node.target) for node in self.program.placeholders()])
+        self.given = self._inputs(self._names())
         self._span(self.outline.spans[0])
         return []
+
+    def _names(self) -> Sequence[str]:
+        return [str(node.target) for node in self.program.placeholders()]
 
     def _attention(self, site: Site, caches: list[_Cache]) -> None:
         self.values[site.node] = self.graph.node_copy(site.node, self._value)
@@ -322,15 +329,15 @@ def _place(root: nn.Module, path: str, weight: Tensor) -> None:
         root.register_buffer(name, weight)
 
 
-def _in_core_ops(region: fx.GraphModule) -> fx.GraphModule:
-    """A region without the ops that are defined in Python, here or in transformers."""
-    foreign = [node for node in region.graph.nodes if str(node.target) in _DECOMPOSED]
+def _rewritten(region: fx.GraphModule, functions: Mapping[str, Callable[..., Tensor]]) -> fx.GraphModule:
+    """A region with functions in the place of ops that are defined in Python, here or in transformers."""
+    foreign = [node for node in region.graph.nodes if str(node.target) in functions]
     if not foreign:
         return region
     graph = fx.Graph()
     graph.output(graph.graph_copy(region.graph, {}))
     for node in graph.nodes:
-        node.target = _DECOMPOSED.get(str(node.target), node.target)
+        node.target = functions.get(str(node.target), node.target)
     return fx.GraphModule(region, graph)
 
 
@@ -353,7 +360,7 @@ def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-_DECOMPOSED: Mapping[str, Callable[..., Tensor]] = {
+DECOMPOSED: Mapping[str, Callable[..., Tensor]] = {
     str(LINEARS): _linears,
     "transformers.grouped_mm_fallback.default": _grouped_mm,
 }

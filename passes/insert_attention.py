@@ -117,6 +117,14 @@ def set_score(program: Program, decay: float | None, peak: bool) -> None:
     program.module.recompile()
 
 
+_DECAY = [argument.name for argument in CACHED_OP._schema.arguments].index("decay")
+
+
+def without_fading(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of a cached attention by which no score fades in this step."""
+    return args if args[_DECAY] is None else (*args[:_DECAY], 1.0, *args[_DECAY + 1 :])
+
+
 def _refuse_token_matrices(program: Program) -> None:
     tokens = shape_of(program.input_ids)[1]
     for node in program.graph.nodes:

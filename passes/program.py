@@ -74,6 +74,7 @@ class Site:
     cache_group: int = 0  # which page pool: layers of one geometry share one
     cache: int = 0  # which cache, of those that layers have of their own
     shares: bool = False  # it attends to the cache of an earlier layer, whose keys and values are its own too
+    kv_parts: int = 1  # ranks of tensor parallelism that hold different KV heads of it: so many times its own in all
     keep_sets: int = 1  # rows of the cache that one sequence has in it: 1, or one for each KV head
 
     @property

@@ -9,9 +9,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -135,19 +137,19 @@ both_orders = pytest.mark.usefixtures("overlap")
 def traced(decoder: RecomputingDecoder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The decoder's trace, in which copies tell of their start and of the host's look; nothing arrives before that."""
 
-    class LateCopy(generation._HostCopy):
-        def start(self, values: Tensor) -> None:
+    class LateCopy(generation.Fetched):
+        def __init__(self, values: Tensor) -> None:
             assert not decoder.trace[-1].startswith("copy"), "one copy a step"
             decoder.trace.append("copy")
             self._late = values.clone()
 
-        def wait(self) -> Tensor:
+        def wait(self) -> NDArray[np.int64]:
             decoder.trace.append("look")
-            self._values.copy_(self._late)
+            late = self._late.numpy()
             del self._late  # a second look at a step fails
-            return self._values
+            return late
 
-    monkeypatch.setattr(generation, "_HostCopy", LateCopy)
+    monkeypatch.setattr(generation, "Fetched", LateCopy)
     return decoder.trace
 
 

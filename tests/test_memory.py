@@ -212,7 +212,7 @@ class Driven:
     def __init__(self, fast: lethe.OptimizedModel, config: lethe.LetheConfig, contiguous: bool, seed: int) -> None:
         self.fast, self.generator = fast, torch.Generator().manual_seed(seed)
         fast.config, fast.policy, fast.page_size = config, make_policy(config), config.page_size_on("cpu")
-        fast.cache = fast._new_cache() if contiguous else scattered(fast, config)
+        fast.cache = fast.new_cache() if contiguous else scattered(fast, config)
         fast._run = self.run  # type: ignore[method-assign]
 
     def run(

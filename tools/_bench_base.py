@@ -31,6 +31,8 @@ class Options:
     repeats: int
     steps: int
     new_tokens: int
+    concurrency: tuple[int, ...]
+    cell_seconds: float
     measured: bool
     layers: int | None
     time_limit: float | None

@@ -27,6 +27,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "vocab_size": 128256,
     },
+    "llama-70b": {
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+    },
     "qwen2.5-7b": {
         "model_type": "qwen2",
         "hidden_size": 3584,
@@ -93,6 +103,25 @@ class Subject:
         return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
 
 
+def weightless(name: str, device: torch.device, layers: int | None = None) -> Any:
+    """The shape `name` with weights that take no memory: each of its matrices is one number, seen many times.
+
+    Good for capturing a graph, and for nothing else: who runs it puts weights of its own in their place.
+    """
+    from torch.overrides import TorchFunctionMode
+
+    class OneNumber(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is not torch.empty:
+                return func(*args, **kwargs)
+            size = kwargs.pop("size", args[0] if args and isinstance(args[0], (tuple, list, torch.Size)) else args)
+            return torch.zeros((), **kwargs).expand(tuple(size))
+
+    with device, OneNumber():
+        return _from_config(name, device, layers).eval()
+
+
 def load(name: str, device: torch.device, layers: int | None = None) -> Subject:
     """The shape `name` in bfloat16, or in float32 on a CPU; `reasoner` is the bundled model, trained.
 
@@ -103,6 +132,14 @@ def load(name: str, device: torch.device, layers: int | None = None) -> Subject:
         from lethe_compile.models import reasoner
 
         return Subject.of(name, reasoner.load_model(device=str(device)))
+    with device:
+        model = _from_config(name, device, layers)
+    _randomise(model)
+    return Subject.of(name, model.eval())
+
+
+def _from_config(name: str, device: torch.device, layers: int | None) -> Any:
+    """The model as its constructor leaves it, without any weight initialised."""
     if name not in SHAPES:
         raise InputError(f"no shape is called {name!r}; there are {', '.join(SHAPES)}")
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -113,10 +150,8 @@ def load(name: str, device: torch.device, layers: int | None = None) -> Subject:
         settings["num_hidden_layers"] = layers
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    with device, no_init_weights():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    _randomise(model)
-    return Subject.of(name, model.eval())
+    with no_init_weights():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 def _randomise(model: Any) -> None:

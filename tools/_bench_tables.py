@@ -71,6 +71,18 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         "first\ntoken s": _number("first_token_s", ".1f"),
         "second\ntoken s": _number("second_token_s", ".1f"),
     },
+    "serving": {
+        "at a\ntime": _number("concurrent", "d"),
+        "": _contestant,
+        "tok/s": _number("tokens_per_s", ",.0f"),
+        "rows\n/step": _number("batch", ".1f"),
+        "TTFT s\np50": _number("ttft_p50", ".2f"),
+        "\np95": _number("ttft_p95", ".2f"),
+        "TPOT ms\np50": _number("tpot_p50", ".1f", 1e-3),
+        "\np95 ": _number("tpot_p95", ".1f", 1e-3),
+        "KV\nGiB": _number("kv_peak", ".2f", _GIB),
+        "pre-\nempted": _number("preemptions", "d"),
+    },
     "memory": {
         "": _contestant,
         "sequences": _number("sequences", "d"),
@@ -81,13 +93,29 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         "limit\nGiB": _number("budget_bytes", ".2f", _GIB),
     },
 }
+COLUMNS["tensor-parallel"] = {
+    "ranks": _number("ranks", "d"),
+    "batch\n×length": lambda row: f"{row['batch']}×{row['length']}" if "length" in row else f"{row['batch']}, generate",
+    "": lambda row: _contestant(row) if "contestant" in row else "",
+    "ms\n/step": _number("ms", ".2f"),
+    "tok/s": _number("tokens_per_s", ",.0f"),
+    "roof-\nline": _number("roofline_ms", ".2f"),
+    "weights\nGiB": _number("weight_bytes", ".1f", _GIB),
+    "KV\nGiB": _number("kv_bytes", ".3g", _GIB),
+    "peak\nGiB": _number("peak_bytes", ".1f", _GIB),
+    "round\nms": _number("round_ms", ".1f"),
+    "reduce\nms": _number("reduce_ms", ".2f"),
+    "of\ntime": _number("reduce_share", ".2%"),
+}
 _TITLES: dict[str, str] = {
     "kernels": "decode attention, median of interleaved repeats",
     "steps": "decode step",
     "cpu": "decode step on a CPU",
     "generate": "one batch generates",
     "compile": "start in a fresh process",
+    "tensor-parallel": "decode step of one model on several ranks; memory of each rank",
     "memory": "largest batch in the same KV memory",
+    "serving": "concurrent requests in the same KV memory",
 }
 _WORDS = {"", "shape", "how", "figure", "measured"}
 

@@ -9,13 +9,16 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
+from lethe_compile.distributed import init
 from lethe_compile.errors import InputError
 from lethe_compile.tools import (
     _bench_bar,
@@ -23,6 +26,8 @@ from lethe_compile.tools import (
     _bench_generate,
     _bench_kernels,
     _bench_memory,
+    _bench_parallel,
+    _bench_serving,
     _bench_steps,
     _bench_tables,
 )
@@ -36,8 +41,12 @@ SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     "steps": _bench_steps.run,
     "generate": _bench_generate.run,
     "memory": _bench_memory.run,
+    "serving": _bench_serving.run,
     "cpu": _bench_steps.run_cpu,
+    "tensor-parallel": _bench_parallel.run,
 }
+_ALONE = tuple(name for name in SECTIONS if name != "tensor-parallel")  # which needs torchrun
+_ON_CPU = ("cpu", "serving", "tensor-parallel")  # the second on the bundled reasoner
 FORMAT = 1  # of the JSON
 
 
@@ -49,17 +58,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         _bench_compile.child(namespace.compile_child, namespace.layers)
         return 0
     options = _options(namespace)
-    console = Console()
+    console, progress = Console(), _progress
+    if "tensor-parallel" in options.only and _bench_parallel.started():
+        init(timeout=_bench_parallel.TIMEOUT)  # each rank has a device of its own from here on
+        if dist.get_rank() > 0:  # rank 0 tells
+            console, options, progress = Console(quiet=True), replace(options, json=None), _silent
     result = _start(options, arguments)
     console.print(_headline(result["machine"]))
     deadline = float("inf") if options.time_limit is None else time.monotonic() + options.time_limit
     for name in options.only:
         device = torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
-        if device.type == "cpu" and name != "cpu":
-            console.print(f"{name}: needs a CUDA GPU, and torch sees none; only the section cpu runs without")
+        if device.type == "cpu" and name not in _ON_CPU:
+            sections = ", ".join(_ON_CPU)
+            console.print(f"{name}: needs a CUDA GPU, and torch sees none; only the sections {sections} run without")
             result["sections"].setdefault(name, {"rows": [], "error": "no CUDA GPU"})
             continue
-        bench = Bench(options, device, _bandwidth(result, device, console), deadline, _progress)
+        bench = Bench(options, device, _bandwidth(result, device, console), deadline, progress)
         before = result["sections"].get(name, {"rows": []})
 
         def enter(outcome: Row, name: str = name, before: Row = before) -> None:
@@ -76,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_section(console, name, result["sections"][name])
         _write(options, result)
     _finish(result, options, console)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 0
 
 
@@ -85,7 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lethe bench", description=__doc__)
     add = parser.add_argument
-    add("--only", type=_names(SECTIONS), metavar="LIST", help=f"sections: {','.join(SECTIONS)} (default all)")
+    add(
+        "--only",
+        type=_names(SECTIONS),
+        metavar="LIST",
+        help=f"sections: {','.join(SECTIONS)} (default all but the last, which needs torchrun)",
+    )
     add("--shapes", type=_names(SHAPES), metavar="LIST", help="of steps; the other sections take the first")
     add("--batches", type=_numbers, metavar="LIST", help="sequences (default 1,16); sections with one take the largest")
     add("--lengths", type=_numbers, metavar="LIST", help="tokens so far, of steps and cpu (default 1024,8192)")
@@ -95,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=_positive, metavar="N", help="of each measurement, interleaved (default 3)")
     add("--steps", type=_positive, metavar="N", help="decode steps timed at a time, at least (default 32)")
     add("--new-tokens", type=_positive, metavar="N", help="of generate (default 24576)")
+    add("--concurrency", type=_numbers, default=(), metavar="LIST", help="requests at a time, of serving")
+    add("--cell-seconds", type=float, default=40.0, metavar="S", help="of each row of serving (default 40)")
     add("--measured", action="store_true", help="generate unpruned for real too, instead of adding up steps")
     add("--layers", type=_positive, metavar="N", help="override the shapes' layers: to try a command line")
     add("--quick", action="store_true", help="fewer shapes, lengths and repeats, where not given")
@@ -116,7 +139,7 @@ def _options(namespace: argparse.Namespace) -> Options:
 
 
 _DEFAULTS: dict[str, tuple[Any, Any]] = {
-    "only": (tuple(SECTIONS), tuple(SECTIONS)),
+    "only": (_ALONE, _ALONE),
     "shapes": (("llama-8b", "qwen2.5-7b", "qwen3-1.7b"), ("llama-8b",)),
     "batches": ((1, 16), (16,)),
     "lengths": ((1024, 8192), (8192,)),
@@ -209,7 +232,7 @@ def _bandwidth(result: Row, device: torch.device, console: Console) -> Row:
 
 def _finish(result: Row, options: Options, console: Console) -> None:
     sections = {name: outcome["rows"] for name, outcome in result["sections"].items()}
-    if any(rows for name, rows in sections.items() if name != "cpu"):
+    if any(rows for name, rows in sections.items() if name not in _ON_CPU):
         result["bar"] = _bench_bar.bar(sections, options.page_sizes[0])
         console.print(_bench_tables.bar(result["bar"]))
     _write(options, result)
@@ -258,6 +281,10 @@ def _headline(facts: Row) -> str:
 
 def _now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _silent(text: str) -> None:
+    """Progress of a rank other than the first."""
 
 
 def _progress(text: str) -> None:

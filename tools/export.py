@@ -15,9 +15,10 @@ import torch
 from lethe_compile.api import optimize
 from lethe_compile.artifact.manifest import Manifest, total_bytes
 from lethe_compile.artifact.tokens import TOKENIZER
-from lethe_compile.config import LetheConfig
+from lethe_compile.config import LetheConfig, parse_bytes
 from lethe_compile.errors import ConfigError, InputError
 from lethe_compile.exporters import FORMATS, export
+from lethe_compile.exporters.tensorrt_build import EngineOptions
 from lethe_compile.tools import _models
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,7 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     say("optimizing")
     fast = optimize(model, config)
     tokenizer = options.tokenizer or _tokenizer_of(options.model)
-    manifest = export(fast, options.out, options.format, tokenizer=tokenizer, overwrite=options.overwrite, progress=say)
+    manifest = export(
+        fast,
+        options.out,
+        options.format,
+        tokenizer=tokenizer,
+        overwrite=options.overwrite,
+        progress=say,
+        engine=_engine(options),
+    )
     _tell(manifest, options.out, time.perf_counter() - start, options.json)
     return 0
 
@@ -75,6 +84,24 @@ def _tokenizer_of(name: str) -> Any:
         return None
 
 
+def _engine(options: argparse.Namespace) -> EngineOptions | None:
+    """What was said of TensorRT's engines; None if nothing was."""
+    given = {name: getattr(options, name) for name in ("rows", "tokens", "capacity", "timing_cache", "workspace")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return EngineOptions(**given) if given else None
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _memory(text: str) -> int:
+    size = parse_bytes(text)
+    if size is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 2GiB")
+    return size
+
+
 def _config(options: argparse.Namespace) -> LetheConfig:
     values: dict[str, Any] = {}
     if options.config is not None:
@@ -104,6 +131,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help=f"holds {TOKENIZER}; default: the model's own")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings of LetheConfig as JSON")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting of LetheConfig")
+    engine = parser.add_argument_group("TensorRT's engines: smallest, best and largest sizes")
+    engine.add_argument("--rows", type=_sizes, metavar="1,8,16", help="sequences")
+    engine.add_argument("--tokens", type=_sizes, metavar="1,256,1024", help="of a part of a prompt")
+    engine.add_argument("--capacity", type=_sizes, metavar="32,1024,8192", help="tokens that a cache holds")
+    engine.add_argument("--timing-cache", type=Path, metavar="FILE", help="makes the next build take less time")
+    engine.add_argument("--workspace", type=_memory, metavar="SIZE", help="memory that a layer may take, such as 2GiB")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the manifest and the time it took as JSON")
     return parser.parse_args(argv)
 

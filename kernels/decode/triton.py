@@ -316,11 +316,19 @@ class Tuning:
 
 
 def tuning(
-    k_dim: int, v_dim: int, itemsize: int, page: int, items: int = 1, group: int = 1, in_keys: bool = False
+    k_dim: int,
+    v_dim: int,
+    itemsize: int,
+    page: int,
+    items: int = 1,
+    group: int = 1,
+    in_keys: bool = False,
+    bulk: bool = True,
 ) -> Tuning:
     """The fastest of those tried on an H100 with heads of 128 in half precision; others get blocks of as many bytes.
 
     `items` are pairs of row and KV head: where there are many, one program's stream covers the end of another's item.
+    Without `bulk` none uses the tensor memory accelerator.
 
     Tried on 16 rows of 8192 tokens, where what stands here took 187 µs without scores, and slower: 2 to 8 programs a
     multiprocessor (193 to 201), a softmax of each warp's own by 3-D products, which spares barriers (194 to 200),
@@ -334,7 +342,7 @@ def tuning(
     if page >= 64:
         if token < 512:
             return Tuning(64, programs=2, warps=4, stages=3)
-        if itemsize == 2 and scale == 1:
+        if bulk and itemsize == 2 and scale == 1:
             programs, stages = (1, 4) if items < _MANY_ITEMS else (2, 3)
             return Tuning(64, programs, warps=4, stages=stages, bulk=True)
         return Tuning(max(16, 64 // scale), programs=1, warps=8, stages=4 if scale <= 4 else 2)
@@ -350,6 +358,24 @@ def _latent_tuning(k_dim: int, v_dim: int, itemsize: int, group: int) -> Tuning:
     if itemsize > 2:
         return Tuning(16, programs=1, warps=8 if wide else 4, stages=2 if width <= 1024 else 1)
     return Tuning(32 if width > 640 else 64, programs=1, warps=8 if wide else 4, stages=2 if wide else 3)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What a launch that is traced, for any number of rows and slots, has to know ahead.
+
+    Attributes:
+        most_rows: a power of two.
+        counter: ``[1 + most_rows * kv_heads * tiles]`` int32 zeros, or more of them, which the launch leaves zero.
+    """
+
+    most_rows: int
+    counter: Tensor
+
+
+def fixed_counter(most_rows: int, heads: int, kv_heads: int, v_dim: int, itemsize: int) -> int:
+    """Size of `Fixed.counter`."""
+    return 1 + most_rows * kv_heads * _tiles(heads // kv_heads, v_dim, itemsize)
 
 
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}
@@ -402,28 +428,34 @@ def attention(
     decay: float | None = None,
     peak: bool = False,
     tune: Tuning | None = None,
+    fixed: Fixed | None = None,
 ) -> Tensor:
     """Shapes, effects and result as `attention.reference.attention` with T = 1; the last dimension is contiguous.
 
     A query's position is at least that of every retained key, as it is while decoding. One stream of a device at a
     time: launches share a workspace. Scores of a half-precision model come from probabilities kept with 11 bits.
+    With `fixed`, nothing that is compiled depends on the number of rows and slots, so that it can be traced; torch's
+    analysis of kernels knows neither descriptors nor assembly, so it does without.
     """
     rows, heads, _, k_dim = query.shape
     kv_heads, page, v_dim, in_keys = k_pages.shape[1], k_pages.shape[2], value.shape[3], v_pages is None
     tiles = _tiles(heads // kv_heads, v_dim, query.element_size())
     group, items, parts = heads // kv_heads // tiles, rows * kv_heads * tiles, kv_heads * tiles
     device, interpreted = query.device, not query.is_cuda
-    tune = tune or tuning(k_dim, v_dim, query.element_size(), page, items, group, in_keys)
+    if tune is None:
+        known = 1 if fixed is not None else items
+        tune = tuning(k_dim, v_dim, query.element_size(), page, known, group, in_keys, bulk=fixed is None)
     block, m, block_v = tune.block, _padded(group), _padded(v_dim)
     programs = tune.programs * (2 if interpreted else torch.cuda.get_device_properties(device).multi_processor_count)
     capacity = -(-page_table.shape[1] * page // block) * block
 
     scored = decay is not None
-    if scored and not interpreted and not torch.cuda.is_current_stream_capturing():
+    if scored and fixed is None and not interpreted and not torch.cuda.is_current_stream_capturing():
         set_aside(device)
     exact = query.dtype == torch.float32
     bulk = (
         tune.bulk
+        and fixed is None
         and not in_keys
         and page % block == 0
         and (interpreted or torch.cuda.get_device_capability(device)[0] >= 9)
@@ -459,7 +491,7 @@ def attention(
         lse,
         part_out,
         part_stat,
-        _counter(device, items),
+        _counter(device, items) if fixed is None else fixed.counter,
         rows,
         capacity,
         page_table.stride(0),
@@ -488,7 +520,7 @@ def attention(
         V_DIM=v_dim,
         IN_KEYS=in_keys,
         PAGE=page,
-        ROWS=triton.next_power_of_2(rows),
+        ROWS=triton.next_power_of_2(rows) if fixed is None else fixed.most_rows,
         BLOCK=block,
         M=m,
         BLOCK_K=block_v if in_keys else _padded(k_dim),
@@ -496,7 +528,7 @@ def attention(
         BLOCK_R=_padded(k_dim - v_dim) if in_keys else 16,
         LEAST=tune.least,
         UPCAST=exact or interpreted,
-        KEEP=not (exact or interpreted),
+        KEEP=fixed is None and not (exact or interpreted),
         BULK=bulk,
         STAGES=tune.stages,
         num_warps=tune.warps,

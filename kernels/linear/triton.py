@@ -39,13 +39,20 @@ def _tile(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
+    BULK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Rows `first` to `first + N` of one weight, for all tokens; what lies outside of a tensor is loaded as zeros."""
     m, n = tl.arange(0, M), first + tl.arange(0, N)
     acc = tl.zeros([N, M], tl.float32) if WEIGHTS_FIRST else tl.zeros([M, N], tl.float32)
     for at in tl.range(0, K, BLOCK, num_stages=STAGES):
-        w, x = w_tiles.load([first, at]), x_tiles.load([0, at])
+        if BULK:
+            w, x = w_tiles.load([first, at]), x_tiles.load([0, at])
+        else:
+            k = at + tl.arange(0, BLOCK)
+            w_at, x_at = w_tiles + n.to(tl.int64)[:, None] * K + k[None, :], x_tiles + m[:, None] * K + k[None, :]
+            w = tl.load(w_at, mask=(n < SIZE)[:, None] & (k < K)[None, :], other=0.0)
+            x = tl.load(x_at, mask=(m < tokens)[:, None] & (k < K)[None, :], other=0.0)
         acc = tl.dot(w, x.T, acc) if WEIGHTS_FIRST else tl.dot(x, w.T, acc)
     if WEIGHTS_FIRST:
         acc = acc.T
@@ -78,6 +85,7 @@ def _linears(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,  # as the left operand, which Hopper's tensor cores read in rows of 64
+    BULK: tl.constexpr,  # load tiles by descriptors; else x and weights are pointers
     STAGES: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -88,20 +96,22 @@ def _linears(
     T3: tl.constexpr = T2 + (N3 + N - 1) // N
     if tile < T0:
         at = tile * N
-        _tile(x, w0, b0, out, at, 0, tokens, K, N0, WIDTH, BIAS, M, N, BLOCK, WEIGHTS_FIRST, STAGES)
+        _tile(x, w0, b0, out, at, 0, tokens, K, N0, WIDTH, BIAS, M, N, BLOCK, WEIGHTS_FIRST, BULK, STAGES)
     # What has no rows is left out while compiling, so the conditions stay apart.
     if T0 < T1:  # noqa: SIM102
         if (tile >= T0) & (tile < T1):
             at = (tile - T0) * N
-            _tile(x, w1, b1, out, at, N0, tokens, K, N1, WIDTH, BIAS, M, N, BLOCK, WEIGHTS_FIRST, STAGES)
+            _tile(x, w1, b1, out, at, N0, tokens, K, N1, WIDTH, BIAS, M, N, BLOCK, WEIGHTS_FIRST, BULK, STAGES)
     if T1 < T2:  # noqa: SIM102
         if (tile >= T1) & (tile < T2):
             at = (tile - T1) * N
-            _tile(x, w2, b2, out, at, N0 + N1, tokens, K, N2, WIDTH, BIAS, M, N, BLOCK, WEIGHTS_FIRST, STAGES)
+            _tile(x, w2, b2, out, at, N0 + N1, tokens, K, N2, WIDTH, BIAS, M, N, BLOCK, WEIGHTS_FIRST, BULK, STAGES)
     if T2 < T3:  # noqa: SIM102
         if tile >= T2:
             at = (tile - T2) * N
-            _tile(x, w3, b3, out, at, N0 + N1 + N2, tokens, K, N3, WIDTH, BIAS, M, N, BLOCK, WEIGHTS_FIRST, STAGES)
+            _tile(
+                x, w3, b3, out, at, N0 + N1 + N2, tokens, K, N3, WIDTH, BIAS, M, N, BLOCK, WEIGHTS_FIRST, BULK, STAGES
+            )
 
 
 def serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -111,20 +121,25 @@ def serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
     return few and dense and x.dtype in (torch.float16, torch.bfloat16) and x.shape[-1] % 8 == 0
 
 
-def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """`reference.linears`; requires `serves`."""
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], most_tokens: int | None = None) -> Tensor:
+    """`reference.linears`; requires `serves`.
+
+    With `most_tokens`, nothing that is compiled depends on the number of tokens, and descriptors are done without, so
+    that it can be traced.
+    """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     tokens, width = rows.shape
     sizes = [w.shape[0] for w in weights] + [0] * (MOST_WEIGHTS - len(weights))
-    m = max(16, triton.next_power_of_2(tokens))
+    m = max(16, triton.next_power_of_2(tokens if most_tokens is None else most_tokens))
     weights_first = sum(triton.cdiv(size, 64) for size in sizes) >= _ENOUGH
     n, block = 64 if weights_first else 32, 128 if m > 32 else 256
     out = torch.empty(tokens, sum(sizes), dtype=x.dtype, device=x.device)
-    tiles = [TensorDescriptor.from_tensor(weight, [n, block]) for weight in weights]
+    bulk = most_tokens is None
+    tiles = [TensorDescriptor.from_tensor(weight, [n, block]) if bulk else weight for weight in weights]
     launch(
         _linears,
         (sum(triton.cdiv(size, n) for size in sizes),),
-        TensorDescriptor.from_tensor(rows, [m, block]),
+        TensorDescriptor.from_tensor(rows, [m, block]) if bulk else rows,
         *tiles,
         *tiles[:1] * sizes.count(0),
         *(list(biases) + [rows] * MOST_WEIGHTS)[:MOST_WEIGHTS],
@@ -140,6 +155,7 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> T
         N=n,
         BLOCK=block,
         WEIGHTS_FIRST=weights_first,
+        BULK=bulk,
         STAGES=4,
         num_warps=4,
         num_stages=4,

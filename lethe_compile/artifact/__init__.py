@@ -28,7 +28,12 @@ def open_artifact(directory: str | Path, **options: Any) -> Runner:
             runs it is missing, which is named.
     """
     manifest = load_manifest(directory)
-    if manifest.kind in ("onnx", "tensorrt"):  # until its engines are built, ONNX Runtime takes the latter too
+    if manifest.kind == "tensorrt" and any(program.engine for program in manifest.programs.values()):
+        _require("torch", manifest)
+        from lethe_compile.artifact.tensorrt import TensorRTRunner
+
+        return TensorRTRunner(manifest, **options)
+    if manifest.kind in ("onnx", "tensorrt"):  # as long as no engine was built, ONNX Runtime takes the latter too
         from lethe_compile.artifact.onnx import OnnxRunner
 
         return OnnxRunner(manifest, **options)
@@ -37,6 +42,11 @@ def open_artifact(directory: str | Path, **options: Any) -> Runner:
         from lethe_compile.artifact.pt2 import Pt2Runner
 
         return Pt2Runner(manifest, **options)
+    if manifest.kind == "aoti" and "decode" in manifest.programs:
+        _require("torch", manifest)
+        from lethe_compile.artifact.aoti_cuda import KernelRunner
+
+        return KernelRunner(manifest, **options)
     if manifest.kind == "aoti":
         _require("torch", manifest)
         from lethe_compile.artifact.aoti import AotiRunner

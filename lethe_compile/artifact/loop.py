@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,28 @@ class Runner(Protocol):
     @property
     def lengths(self) -> Ints:
         """Retained tokens ``[C, R]``."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Steps that were run ahead of the host: all ``[steps, rows]``."""
+
+    tokens: Ints
+    active: NDArray[np.bool_]  # rows whose token counts
+    sound: NDArray[np.bool_]  # rows whose logits were finite where it matters
+
+
+@runtime_checkable
+class AheadRunner(Runner, Protocol):
+    """A runner that can go on greedily without the host, which waits for a device once for many steps."""
+
+    def choose_ahead(
+        self, tokens: Ints, next_position: Ints, active: NDArray[np.bool_], ends: Ints, steps: int
+    ) -> Chosen:
+        """Feed `tokens` ``[R]`` of the `active` rows, choose the next, and so on, at most `steps` times.
+
+        A row that has chosen one of `ends` is not active any more. There is room for the tokens.
+        """
 
 
 @dataclass(frozen=True)
@@ -76,14 +98,17 @@ def generate(
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     _check(manifest, prompts, limits)
     loop, longest = Loop(runner, prompts, sampler, _end_tokens(manifest, eos_token_id), limits), max(limits)
-    logits = loop.prefill()
-    for step in range(1, longest + 1):
-        count = loop.choose(logits, step)
-        if on_token is not None:
-            on_token(count)
-        if step == longest or not loop.active.any():
-            break
-        logits = loop.decode(min(longest - step, int(manifest.policy["interval"])))
+    told = on_token or (lambda count: None)
+    alike = min(limits) == longest  # rows that run ahead of the host know no limits of their own
+    ahead = runner if sampler.greedy and alike and isinstance(runner, AheadRunner) else None
+    told(loop.choose(loop.prefill()))
+    while loop.step < longest and loop.active.any():
+        left = longest - loop.step
+        if ahead is not None:
+            for count in loop.run_ahead(ahead, left):
+                told(count)
+        else:
+            told(loop.choose(loop.decode(left)))
     return loop.result()
 
 
@@ -108,7 +133,7 @@ class Loop:
         self.active = np.ones(len(prompts), np.bool_)
         self.new: list[list[int]] = [[] for _ in prompts]
         self.retained = np.zeros((len(runner.manifest.caches), len(prompts)), np.int64)
-        self.until_round = self.rounds = 0
+        self.until_round = self.rounds = self.step = 0
         self.decay: float = runner.manifest.policy["decay"] or 1.0
 
     def prefill(self) -> Floats:
@@ -143,28 +168,50 @@ class Loop:
         lengths = self.runner.lengths
         self.retained = np.where(lengths > 0, lengths, self.retained)
 
-    def choose(self, logits: Floats, step: int) -> int:
+    def choose(self, logits: Floats) -> int:
         """Add a token to every active row; how many there were."""
-        broken = self.active & ~np.isfinite(logits.max(axis=1))
+        return self._add(self.sampler.choose(logits), np.isfinite(logits.max(axis=1)))
+
+    def _add(self, tokens: Ints, sound: NDArray[np.bool_]) -> int:
+        self.step += 1
+        broken = self.active & ~sound
         if broken.any():
-            raise LetheError(f"row {int(broken.argmax())}, step {step}: the model's logits are not finite")
-        self.tokens = self.sampler.choose(logits)
+            raise LetheError(f"row {int(broken.argmax())}, step {self.step}: the model's logits are not finite")
+        self.tokens = tokens
         rows = np.flatnonzero(self.active)
         for row in rows:
-            self.new[row].append(int(self.tokens[row]))
-        self.active = self.active & ~np.isin(self.tokens, self.ends) & (step < self.limits)
+            self.new[row].append(int(tokens[row]))
+        self.active = self.active & ~np.isin(tokens, self.ends) & (self.step < self.limits)
         return len(rows)
 
     def decode(self, left: int) -> Floats:
-        if self.until_round == 0:
-            self.round()
-        if self.until_round == int(self.runner.manifest.policy["interval"]):
-            self.runner.reserve(left)
+        """Logits after the tokens that were chosen last; at most `left` more follow."""
+        self._make_room(left)
         self.until_round -= 1
         ids = np.where(self.active, self.tokens, 0)[:, None]
         logits = self.runner.step(ids, self.next_position[:, None], self.active.astype(np.int32), self.decay)
         self.next_position = self.next_position + self.active
         return logits
+
+    def run_ahead(self, runner: AheadRunner, left: int) -> Iterator[int]:
+        """Add as many tokens to the active rows as there are steps until the next round; how many rows, each time."""
+        self._make_room(left)
+        steps = min(left, self.until_round)
+        chosen = runner.choose_ahead(self.tokens, self.next_position, self.active, self.ends, steps)
+        for tokens, active, sound in zip(chosen.tokens, chosen.active, chosen.sound, strict=True):
+            if not active.any():
+                break
+            self.until_round -= 1
+            self.next_position = self.next_position + active
+            yield self._add(tokens, sound)
+
+    def _make_room(self, left: int) -> None:
+        """For the steps until the next round, which is run if it is due."""
+        interval = int(self.runner.manifest.policy["interval"])
+        if self.until_round == 0:
+            self.round()
+        if self.until_round == interval:
+            self.runner.reserve(min(left, interval))
 
     def result(self) -> Generation:
         self._note()

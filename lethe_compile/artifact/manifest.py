@@ -43,11 +43,12 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class ProgramSpec:
-    """A program: its file, and the names of its inputs and outputs in order."""
+    """A program: its file, the names of its inputs and outputs in order, and the engine that was built of it."""
 
     file: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    engine: str | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _parse(values: Any, file: Path) -> Manifest:
                 "caches": tuple(CacheSpec(**{**one, "layers": tuple(one["layers"])}) for one in values["caches"]),
                 "state": tuple(StateSpec(**one) for one in values["state"]),
                 "programs": {
-                    name: ProgramSpec(one["file"], tuple(one["inputs"]), tuple(one["outputs"]))
+                    name: ProgramSpec(one["file"], tuple(one["inputs"]), tuple(one["outputs"]), one.get("engine"))
                     for name, one in values["programs"].items()
                 },
                 "device": Device(values["device"]["type"], None if capability is None else tuple(capability)),
@@ -162,7 +163,9 @@ def _check_names(manifest: Manifest) -> None:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
             raise ArtifactError(f"{manifest.path(FILE)} names a file outside of the artifact: {name!r}")
-    used = [*(program.file for program in manifest.programs.values()), *manifest.tokenizer]
+    programs = manifest.programs.values()
+    used = [*(program.file for program in programs), *manifest.tokenizer]
+    used += [program.engine for program in programs if program.engine is not None]
     if unknown := [name for name in used if name not in manifest.files]:
         raise ArtifactError(f"{manifest.path(FILE)} has no hash of {', '.join(unknown)}: export again")
 

@@ -7,9 +7,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lethe_compile.artifact.manifest import (
     CacheSpec,
@@ -22,7 +25,9 @@ from lethe_compile.artifact.manifest import (
 )
 from lethe_compile.artifact.tokens import TOKENIZER, check_vocabulary
 from lethe_compile.errors import ArtifactError, ConfigError, UnsupportedGraphError
+from lethe_compile.exporters.tensorrt_build import EngineOptions
 from lethe_compile.passes.contiguous import refuse_what_has_no_contiguous_form
+from lethe_compile.passes.kernel_step import MOST_ROWS
 from lethe_compile.policies.full import FullPolicy
 from lethe_compile.policies.lethe import LethePolicy
 from lethe_compile.runtime import OptimizedModel
@@ -42,6 +47,7 @@ def export(
     tokenizer: str | Path | Any | None = None,
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
+    engine: EngineOptions | None = None,
 ) -> Manifest:
     """Write `fast`, pruning included, to a directory that `lethe run` or `lethe_compile.artifact` executes.
 
@@ -50,8 +56,9 @@ def export(
     ======== ================================================= ===========================================
     onnx     ``step.onnx``, ``prune.onnx``, ``weights.bin``    onnxruntime and NumPy; any device of theirs
     pt2      ``step.pt2``, ``prune.pt2``                       torch and lethe_compile
-    aoti     ``step.pt2``, ``prune.pt2``                       torch, from Python or C++; where it was made
-    tensorrt the ONNX files, within the parser's limits        tensorrt, which builds engines from them
+    aoti     ``step.pt2``, ``prune.pt2``, on a GPU also        torch, from Python or C++; where it was made
+             ``decode.pt2`` and ``weights.safetensors``
+    tensorrt the ONNX files, ``step.plan``, ``prune.plan``     tensorrt and torch; where they were built
     ======== ================================================= ===========================================
 
     Everything is written to a temporary directory beside `directory`, which takes its name at the end: an export that
@@ -63,6 +70,7 @@ def export(
         format: one of `FORMATS`.
         tokenizer: a directory with ``tokenizer.json``, or a tokenizer of transformers; its files join the artifact.
         progress: hears what is being done.
+        engine: sizes, timing cache and memory of TensorRT's engines.
 
     Returns:
         The manifest.
@@ -76,7 +84,7 @@ def export(
             and the error names the command that builds the engine from them.
     """
     folder = Path(directory)
-    write = _writer(format)
+    write = _writer(format, engine)
     _check_target(folder, overwrite)
     _refuse(fast)
     with _replaced(folder) as temporary:
@@ -84,16 +92,18 @@ def export(
         programs = write(fast, temporary, progress or (lambda _: None))
         manifest = _manifest(fast, format, programs, files)
         write_manifest(manifest, temporary)
-    if format == "tensorrt":
+    if format == "tensorrt" and not any(program.engine for program in programs.values()):
         from lethe_compile.exporters.tensorrt import tell_how_to_build
 
-        tell_how_to_build(fast, folder, progress or (lambda _: None))
+        tell_how_to_build(fast, folder, engine or EngineOptions())
     return load_manifest(folder, verify=False)
 
 
-def _writer(format: str) -> Writer:
+def _writer(format: str, engine: EngineOptions | None = None) -> Writer:
     if format not in FORMATS:
         raise ConfigError(f"format={format!r} is not allowed: must be one of {', '.join(FORMATS)}")
+    if engine is not None and format != "tensorrt":
+        raise ConfigError(f"format={format!r} has no engines to be built: leave `engine` away, or choose tensorrt")
     if format == "onnx":
         from lethe_compile.exporters.onnx import write_onnx
 
@@ -105,7 +115,7 @@ def _writer(format: str) -> Writer:
     if format == "tensorrt":
         from lethe_compile.exporters.tensorrt import write_tensorrt
 
-        return write_tensorrt
+        return partial(write_tensorrt, options=engine or EngineOptions())
     from lethe_compile.exporters.aoti import write_aoti
 
     return write_aoti
@@ -122,6 +132,11 @@ def _check_target(folder: Path, overwrite: bool) -> None:
 
 def _refuse(fast: OptimizedModel) -> None:
     """Refuse by name what no format can carry."""
+    if fast.ranks is not None:
+        raise UnsupportedGraphError(
+            f"rank {fast.ranks.rank} of {fast.ranks.size} holds its share of the model, and an artifact runs alone",
+            hint="Optimize the model on one rank, without tp, and export that",
+        )
     refuse_what_has_no_contiguous_form(fast.program)
     if type(fast.policy) not in (LethePolicy, FullPolicy):
         raise UnsupportedGraphError(
@@ -197,9 +212,11 @@ def _manifest(
     config = fast.config.to_dict()
     policy = {"name": fast.config.policy, "decay": fast.policy.decay, "interval": interval, "config": config}
     device = Device("any") if kind in ("onnx", "tensorrt") else _device(fast)
+    if any(program.engine for program in programs.values()):
+        device = _gpu(None)
     return Manifest(
         kind=kind,
-        model=_model_facts(fast),
+        model={**_model_facts(fast), **({"most_rows": MOST_ROWS} if "decode" in programs else {})},
         caches=caches,
         policy=policy,
         state=state if "prune" in programs else (),
@@ -212,11 +229,12 @@ def _manifest(
 
 
 def _device(fast: OptimizedModel) -> Device:
-    if fast.device.type != "cuda":
-        return Device(fast.device.type)
-    import torch
+    return _gpu(fast.device) if fast.device.type == "cuda" else Device(fast.device.type)
 
-    return Device("cuda", torch.cuda.get_device_capability(fast.device))
+
+def _gpu(device: torch.device | None) -> Device:
+    """A CUDA device, the current one unless another is given."""
+    return Device("cuda", torch.cuda.get_device_capability(device))
 
 
 def _model_facts(fast: OptimizedModel) -> dict[str, Any]:

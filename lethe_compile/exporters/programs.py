@@ -13,8 +13,9 @@ from torch.export import Dim, ExportedProgram
 
 from lethe_compile.errors import UnsupportedGraphError
 from lethe_compile.exporters.rounds import INPUTS as ROUND_INPUTS
-from lethe_compile.exporters.rounds import RoundProgram
+from lethe_compile.exporters.rounds import PagedRoundProgram, RoundProgram
 from lethe_compile.passes.contiguous import contiguous_step, paged_step, state_names
+from lethe_compile.passes.kernel_step import kernel_step
 from lethe_compile.policies import make_policy
 from lethe_compile.runtime import OptimizedModel
 
@@ -90,7 +91,7 @@ def _per_parameter(module: nn.Module, sizes: tuple[Any, ...]) -> tuple[Any, ...]
     if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return sizes
     named = sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters)
-    return (*sizes[:named], sizes[named:])
+    return (*sizes[:named], sizes[named:]) if len(sizes) > named else sizes  # ``*args`` that are empty have no place
 
 
 def step_program(fast: OptimizedModel) -> ExportableProgram:
@@ -140,18 +141,62 @@ def paged_step_program(fast: OptimizedModel) -> ExportableProgram:
     return ExportableProgram("step", module, tuple(operands[name] for name in names), ("logits",), fast.device)
 
 
-def prune_program(fast: OptimizedModel) -> ExportableProgram | None:
-    """One round of the policy; see `RoundProgram`. None where no round drops anything."""
+def kernel_step_program(fast: OptimizedModel, name: str) -> ExportableProgram:
+    """New tokens to logits by the Triton kernels, caches written in place; see `passes.kernel_step`.
+
+    `name` is "decode", of one token a row, or "step", of more.
+
+    Raises:
+        UnsupportedGraphError: as there.
+    """
+    decode = name == "decode"
+    ids = ("rows", 1 if decode else "tokens")
+    inputs = (
+        Operand("input_ids", ids, torch.int64),
+        Operand("positions", ids, torch.int64),
+        Operand("new_lengths", ("rows",), torch.int32, fill=1),
+        Operand("page_table", ("rows", "row_pages"), torch.int32),
+        *kernel_cache_operands(fast, ("pages",)),
+    )
+    module = kernel_step(fast.program, decode=decode)
+    return ExportableProgram(name, module, inputs, ("logits",), fast.device)
+
+
+def prune_program(fast: OptimizedModel, *, pages: bool = False) -> ExportableProgram | None:
+    """One round of the policy; see `RoundProgram`, or with `pages` `PagedRoundProgram`.
+
+    None where no round drops anything.
+    """
     policy = make_policy(fast.config)
     fast.begin_policy(policy, 0)
-    module = RoundProgram(policy, fast.windows)
+    latent = tuple(site.latent for site in fast.caches)
+    module = PagedRoundProgram(policy, fast.windows, latent) if pages else RoundProgram(policy, fast.windows)
     if not module.has_rounds():
         return None
     kinds = (torch.bool, torch.int64, torch.int64)
     given = [Operand(name, ("rows",), kind, fill=1) for name, kind in zip(ROUND_INPUTS, kinds, strict=True)]
     state = [Operand(name, (len(fast.caches), "rows"), value.dtype) for name, value in policy.state().items()]
-    outputs = _after([*(operand.name for operand in state), *state_names(len(fast.caches))])
-    return ExportableProgram("prune", module, (*given, *state, *cache_operands(fast)), outputs, fast.device)
+    caches = kernel_cache_operands(fast, ("rows", "row_pages")) if pages else cache_operands(fast)
+    outputs = _after([operand.name for operand in (*state, *caches)])
+    return ExportableProgram("prune", module, (*given, *state, *caches), outputs, fast.device)
+
+
+def kernel_cache_operands(fast: OptimizedModel, pages: tuple[str, ...]) -> tuple[Operand, ...]:
+    """Pages of each cache as inputs, in the order of `passes.kernel_step.cache_names`; `pages` are their dimensions."""
+    operands = []
+    for index, site in enumerate(fast.caches):
+        kv_heads, k_dim, v_dim = site.geometry[:3]
+        kinds: dict[str, tuple[tuple[int | str, ...], torch.dtype]] = {
+            "k": ((*pages, kv_heads, fast.page_size, k_dim), fast.dtype),
+            "v": ((*pages, kv_heads, fast.page_size, v_dim), fast.dtype),
+            "position": ((*pages, fast.page_size), torch.int32),
+            "mass": ((*pages, fast.page_size), torch.float32),
+            "length": (("rows",), torch.int32),
+        }
+        if site.latent:
+            del kinds["v"]
+        operands += [Operand(f"{kind}_{index}", shape, dtype) for kind, (shape, dtype) in kinds.items()]
+    return tuple(operands)
 
 
 def cache_operands(fast: OptimizedModel) -> tuple[Operand, ...]:

@@ -1,16 +1,18 @@
-"""TensorRT: the ONNX artifact within the parser's limits, checked operator by operator, and how engines are built."""
+"""TensorRT: the ONNX artifact within the parser's limits, checked operator by operator, and its engines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 
 from lethe_compile.artifact.manifest import ProgramSpec
 from lethe_compile.errors import MissingPackageError, UnsupportedGraphError
 from lethe_compile.exporters.onnx import write_onnx
-from lethe_compile.exporters.programs import ExportableProgram, Operand, prune_program, step_program
+from lethe_compile.exporters.programs import ExportableProgram, prune_program, step_program
+from lethe_compile.exporters.tensorrt_build import EngineOptions, build_engine, import_tensorrt, shapes
 from lethe_compile.exporters.tensorrt_limits import LATEST, violations
 from lethe_compile.exporters.tensorrt_rewrite import within_limits
 from lethe_compile.runtime import OptimizedModel
@@ -18,39 +20,44 @@ from lethe_compile.runtime import OptimizedModel
 _SHOWN = 20  # violations that an error lists
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """Sizes that engines are built for: the smallest, that to be fastest at, and the largest of each."""
-
-    rows: tuple[int, int, int] = (1, 8, 16)
-    tokens: tuple[int, int, int] = (1, 256, 1024)  # of a prefill; a decode step has one
-    capacity: tuple[int, int, int] = (32, 1024, 8192)
-
-    def profiles(self) -> tuple[Mapping[str, tuple[int, int, int]], ...]:
-        """Optimisation profiles: decode first, then prefill, whose caches have room for its tokens."""
-        decode = {"rows": self.rows, "tokens": (1, 1, 1), "capacity": self.capacity}
-        return decode, {**decode, "tokens": self.tokens}
-
-
-def write_tensorrt(fast: OptimizedModel, directory: Path, progress: Callable[[str], None]) -> dict[str, ProgramSpec]:
-    """Write ONNX that TensorRT's parser takes.
+def write_tensorrt(
+    fast: OptimizedModel, directory: Path, progress: Callable[[str], None], options: EngineOptions
+) -> dict[str, ProgramSpec]:
+    """Write ONNX that TensorRT's parser takes, and where `tensorrt` is installed the engines, ``NAME.plan``.
 
     Raises:
-        UnsupportedGraphError: the parser would refuse it; names every violation.
+        UnsupportedGraphError: the parser or the builder refuses it; names every violation.
+        MissingPackageError: tensorrt is installed, but too old to build engines.
     """
     import onnx_ir as ir
 
     from lethe_compile.exporters.onnx import save_graph
 
-    programs = write_onnx(fast, directory, progress)
-    for name, program in programs.items():
+    if has_tensorrt():
+        import_tensorrt()  # what is too old is refused before any work
+    specs = write_onnx(fast, directory, progress)
+    for name, spec in specs.items():
         progress(f"{name}: bringing it within TensorRT's limits")
-        path = directory / program.file
+        path = directory / spec.file
         model = ir.load(path)
         within_limits(model)
         refuse_violations(model, name)
         save_graph(model, path)
-    return programs
+    if not has_tensorrt():
+        return specs
+    for program in _programs(fast):
+        onnx, plan = (directory / f"{program.name}{suffix}" for suffix in (".onnx", ".plan"))
+        progress(f"{program.name}: building {plan.name}")
+        build_engine(program, onnx, plan, options, progress)
+    return {name: replace(spec, engine=f"{name}.plan") for name, spec in specs.items()}
+
+
+def has_tensorrt() -> bool:
+    return find_spec("tensorrt") is not None
+
+
+def _programs(fast: OptimizedModel) -> list[ExportableProgram]:
+    return [program for program in (step_program(fast), prune_program(fast)) if program is not None]
 
 
 def refuse_violations(model: object, name: str, version: str = LATEST) -> None:
@@ -61,41 +68,34 @@ def refuse_violations(model: object, name: str, version: str = LATEST) -> None:
         raise UnsupportedGraphError(f"TensorRT {version} cannot take {name}.onnx: {listed}")
 
 
-def tell_how_to_build(
-    fast: OptimizedModel, directory: Path, progress: Callable[[str], None], bounds: Bounds | None = None
-) -> None:
-    """Say how the engines of an artifact are built that has been written: nothing here builds them yet.
+def tell_how_to_build(fast: OptimizedModel, directory: Path, options: EngineOptions) -> None:
+    """Say how the engines of an artifact are built that was written where TensorRT is not.
 
     Raises:
-        MissingPackageError: tensorrt is not installed; names the ONNX files and the commands that build the engines.
+        MissingPackageError: always; names the package, the ONNX files, and the commands that build the engines.
     """
-    bounds = bounds or Bounds()
-    programs = [program for program in (step_program(fast), prune_program(fast)) if program is not None]
-    commands = [trtexec(program, directory, bounds) for program in programs]
-    if find_spec("tensorrt") is None:
-        files = ", ".join(str(directory / f"{program.name}.onnx") for program in programs)
-        raise MissingPackageError(
-            f"the Python package 'tensorrt' is not installed, so no engine was built. {files} were written and are"
-            f" within the limits of TensorRT {LATEST}. Build the engines with: {' && '.join(commands)}",
-            "tensorrt",
-        )
-    for command in commands:
-        progress(f"build the engine with: {command}")
+    programs = _programs(fast)
+    commands = [trtexec(program, directory, options) for program in programs]
+    files = ", ".join(str(directory / f"{program.name}.onnx") for program in programs)
+    raise MissingPackageError(
+        f"the Python package 'tensorrt' is not installed, so no engine was built. {files} were written and are"
+        f" within the limits of TensorRT {LATEST}. Build the engines with: {' && '.join(commands)}",
+        "tensorrt",
+    )
 
 
-def trtexec(program: ExportableProgram, directory: Path, bounds: Bounds) -> str:
+def trtexec(program: ExportableProgram, directory: Path, options: EngineOptions) -> str:
     """The command that builds a program's engine, ``NAME.plan``; of a step with profiles for decode and prefill."""
-    profiles = bounds.profiles() if program.name == "step" else bounds.profiles()[:1]
+    profiles = options.profiles(program.name)
     path = directory / program.name
-    parts = [f"trtexec --onnx={path}.onnx --saveEngine={path}.plan --stronglyTyped"]
+    parts = [f"trtexec --onnx={quote(f'{path}.onnx')} --saveEngine={quote(f'{path}.plan')} --stronglyTyped"]
+    if options.timing_cache is not None:
+        parts.append(f"--timingCacheFile={quote(str(options.timing_cache))}")
+    dynamic = [operand for operand in program.inputs if operand.dynamic]
     for index, sizes in enumerate(profiles):
         if len(profiles) > 1:
             parts.append(f"--profile={index}")
-        for kind, at in (("min", 0), ("opt", 1), ("max", 2)):
-            dynamic = [operand for operand in program.inputs if operand.dynamic]
-            parts.append(f"--{kind}Shapes=" + ",".join(f"{one.name}:{_shape(one, sizes, at)}" for one in dynamic))
+        for at, kind in enumerate(("min", "opt", "max")):
+            listed = (f"{one.name}:{'x'.join(map(str, shapes(one, sizes)[at]))}" for one in dynamic)
+            parts.append(f"--{kind}Shapes={','.join(listed)}")
     return " ".join(parts)
-
-
-def _shape(operand: Operand, sizes: Mapping[str, tuple[int, int, int]], at: int) -> str:
-    return "x".join(str(dim if isinstance(dim, int) else sizes[dim][at]) for dim in operand.shape)

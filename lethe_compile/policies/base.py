@@ -169,6 +169,14 @@ class Policy(ABC):
         """
         return np.tile(prompts + new_tokens, (len(windows), 1))
 
+    def most_tokens(self, prompts: Counts, new_tokens: int, windows: Sequence[int | None]) -> Counts | None:
+        """[L, R] tokens that each layer and row may hold between rounds, after the one behind the prefill, when pages
+        are plenty; of a cap on layers together, any way of sharing it. None: no cap bounds them, as here.
+
+        Arguments are those of `least_tokens`.
+        """
+        return None
+
     @abstractmethod
     def round(self, state: RoundState, limit: Tensor | None = None) -> Tensor | None:
         """The slots that stay: keep [L, R, N] bool, False beyond length; None = nothing goes.

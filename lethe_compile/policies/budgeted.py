@@ -37,6 +37,14 @@ class BudgetedPolicy(Policy):
         pruned = np.minimum(everything, np.maximum(prompts, self.config.cap_floor))
         return trimmed_by_window(pruned, prompts, windows, self.config.interval)
 
+    def most_tokens(self, prompts: Counts, new_tokens: int, windows: Sequence[int | None]) -> Counts | None:
+        if not self.config.capped:
+            return None
+        everything = trimmed_by_window(
+            super().least_tokens(prompts, new_tokens, windows), prompts, windows, self.config.interval
+        )
+        return self._caps.most(everything, prompts)
+
     def _follow(self, device: torch.device) -> None:
         """Keep the state where the scores are; it moves once in a generation."""
         self._thresholds, self._sparsity = self._thresholds.to(device), self._sparsity.to(device)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lethe_compile.config import MIN_RETAINED, LetheConfig, parse_bytes
 from lethe_compile.errors import ConfigError
-from lethe_compile.policies.base import RoundState, column
+from lethe_compile.policies.base import Counts, RoundState, column
 
 
 class Caps:
@@ -53,6 +54,24 @@ class Caps:
                 f"budget={budget!r} is not allowed: must be None or {unit} for {num_layers} layers of at least"
                 f" {config.cap_floor} tokens (prune_interval + sink_tokens + {MIN_RETAINED})"
             )
+
+    def most(self, everything: Counts, prompts: Counts) -> Counts:
+        """[L, R] tokens that the caps let each layer and row hold of `everything` [L, R], `prompts` [R] of it prompt; a
+        budget in equal parts."""
+        held, cost = everything, np.array(self._cost)[:, None]
+        if self._ceilings is not None:
+            held = np.minimum(held, np.array(self._ceilings)[:, None])
+        if self.config.budget is None:
+            return held
+        if self._amount is not None:
+            amount = np.full(everything.shape[1], self._amount)
+        else:
+            assert isinstance(self.config.budget, float)
+            share = ((everything * cost).sum(0) * self.config.budget).astype(np.int64)
+            least = prompts * self.config.protect_prompt + self.config.cap_floor
+            amount = np.maximum(share, least * int(cost.sum()))
+        each: Counts = np.minimum(held, -(-amount // int(cost.sum())))
+        return each
 
     def starved(self, size: Tensor, state: RoundState) -> Tensor:
         """[R] bool: rows whose layers, of `size` [L, R] tokens, would exceed the budget before the next round."""

@@ -102,7 +102,7 @@ def test_a_long_prompt_is_one_step_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
         ([[1], []], {"max_new_tokens": 2}, "prompt 1 is empty"),
         ([[1, VOCAB]], {}, "prompt 0 holds the id 11, outside the vocabulary of 11"),
         ([[-1]], {}, "the id -1"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ([[1]], {"max_new_tokens": 0}, r"max_new_tokens=\[0\]"),
         ([[1] * 5], {"max_new_tokens": 4}, "more than the model's 8 positions"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lethe_compile.artifact import open_artifact
 from lethe_compile.artifact.manifest import (
@@ -91,4 +92,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_damage_is_refused(artifact: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(artifact)
     with pytest.raises(ArtifactError, match=message):
+        open_artifact(artifact)
+
+
+@pytest.mark.parametrize("kind", ["pt2", "aoti"])
+def test_another_device_is_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    edit(lambda values: values.update(kind=kind))(artifact)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ArtifactError, match="was made for a cuda device, and there is none here"):
+        open_artifact(artifact)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(ArtifactError, match=r"compute capability 9.0, and this device has 8.0: export again"):
+        open_artifact(artifact)
+
+
+def test_an_engine_without_a_hash_is_refused(artifact: Path) -> None:
+    edit(lambda values: values["programs"]["step"].update(engine="step.plan"))(artifact)
+    with pytest.raises(ArtifactError, match=r"no hash of step\.plan"):
         open_artifact(artifact)

@@ -29,7 +29,7 @@ def lethe_without(packages: Sequence[str], *arguments: str) -> subprocess.Comple
     """`lethe ARGUMENTS` in a fresh process in which some packages cannot be imported."""
     code = ABSENT.format(packages=tuple(packages))
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=580)
 
 
 def optimized(model: Any, **settings: Any) -> OptimizedModel:

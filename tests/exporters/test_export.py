@@ -7,17 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 import lethe_compile as lethe
 from lethe_compile import exporters
 from lethe_compile.artifact.manifest import ProgramSpec, load_manifest
-from lethe_compile.errors import ArtifactError, ConfigError, InputError, UnsupportedGraphError
+from lethe_compile.errors import ArtifactError, ConfigError, InputError, LetheError, UnsupportedGraphError
+from lethe_compile.exporters import aoti
+from lethe_compile.exporters.programs import ExportableProgram, Operand
 from lethe_compile.models import reasoner
 from lethe_compile.models.architectures import build
 from lethe_compile.models.tiny import tiny
 from lethe_compile.runtime import OptimizedModel
 from lethe_compile.tools import export as tool
 from tests.exporters.onnx_case import optimized
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (directory / "step.onnx").write_bytes(b"program")
         return {"step": ProgramSpec("step.onnx", (), ())}
 
-    monkeypatch.setattr(exporters, "_writer", lambda format: write)
+    monkeypatch.setattr(exporters, "_writer", lambda format, engine: write)
 
 
 @pytest.mark.usefixtures("quick")
@@ -65,7 +70,7 @@ def test_an_export_that_breaks_off_leaves_nothing(
         (directory / "weights.bin").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(exporters, "_writer", lambda format: write)
+    monkeypatch.setattr(exporters, "_writer", lambda format, engine: write)
     with pytest.raises(error if isinstance(error, type) else type(error)):
         lethe.export(fast, tmp_path / "artifact", format="onnx")
     assert list(tmp_path.iterdir()) == []
@@ -128,3 +133,25 @@ def test_a_dtype_that_onnx_runtime_lacks_is_refused(tmp_path: Path) -> None:
 def test_bad_settings_are_refused(flags: list[str], error: type[Exception], message: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):
         tool.main(["reasoner", "--format", "onnx", "--out", str(tmp_path / "x"), *flags])
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (InvalidCxxCompiler(), r"AOTInductor needs a C\+\+ compiler, such as g\+\+"),
+        (
+            CppCompileError(["g++"], "x.cpp:1:10: fatal error: cuda.h: No such file or directory"),
+            r"step\.pt2 was not compiled: .*cuda\.h: No such file or directory.*set CUDA_HOME",
+        ),
+    ],
+)
+def test_what_a_compiler_lacks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def compile(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile)
+    program = ExportableProgram("step", torch.nn.Identity(), (Operand("x", (2,), torch.float32),), ("y",), CPU)
+    with pytest.raises(LetheError, match=message):
+        aoti._compile(program, tmp_path, {}, lambda text: None)

@@ -7,16 +7,14 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lethe_compile.artifact.manifest import Device, load_manifest
+from lethe_compile.artifact.manifest import load_manifest
 from lethe_compile.artifact.pt2 import refuse_pickles
-from lethe_compile.artifact.torch_device import check_device
 from lethe_compile.errors import ArtifactError
 from lethe_compile.models.tiny import tiny
 from tests.exporters.onnx_case import check_equal, optimized
@@ -84,14 +82,3 @@ def test_a_program_with_pickled_objects_is_not_loaded(
     with pytest.raises(ArtifactError, match="holds pickled objects, which may run any code"):
         refuse_pickles(replaced(artifact / "step.pt2", tmp_path / "step.pt2", change))
     assert not (tmp_path / "bomb").exists()
-
-
-def test_another_device_is_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = replace(load_manifest(artifact), device=Device("cuda", (9, 0)))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ArtifactError, match="was made for a cuda device, and there is none here"):
-        check_device(manifest)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    with pytest.raises(ArtifactError, match=r"compute capability 9.0, and this device has 8.0"):
-        check_device(manifest)

@@ -14,9 +14,11 @@ from onnx import TensorProto, helper
 from lethe_compile.errors import ConfigError, MissingPackageError, UnsupportedGraphError
 from lethe_compile.exporters import tensorrt
 from lethe_compile.exporters.programs import prune_program, step_program
+from lethe_compile.exporters.tensorrt_build import EngineOptions
 from lethe_compile.exporters.tensorrt_limits import VERSIONS, violations
 from lethe_compile.exporters.tensorrt_rewrite import within_limits
 from lethe_compile.models.tiny import tiny
+from lethe_compile.runtime import OptimizedModel
 from tests.exporters.onnx_case import check_format, lethe_without, optimized
 
 FLOAT, INT64, DOUBLE, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.DOUBLE, TensorProto.BOOL
@@ -38,6 +40,11 @@ def model(
     graph = helper.make_graph([node], "graph", given, [result], values)
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
     return ir.from_proto(made)
+
+
+@pytest.fixture(scope="module")
+def fast() -> OptimizedModel:
+    return optimized(tiny("llama"))
 
 
 CASES: dict[str, tuple[Callable[[], ir.Model], str]] = {
@@ -114,24 +121,13 @@ def test_a_rewrite(made: Callable[[], ir.Model], expected: list[str]) -> None:
     assert [value.name for value in one.graph.outputs] == ["y"]
 
 
-def test_without_tensorrt_it_says_what_was_written_and_what_to_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tensorrt, "find_spec", lambda name: None)
-    fast = optimized(tiny("llama"))
+def test_without_tensorrt_it_says_what_was_written_and_what_to_run(fast: OptimizedModel, tmp_path: Path) -> None:
     with pytest.raises(MissingPackageError) as caught:
-        tensorrt.tell_how_to_build(fast, tmp_path, print)
+        tensorrt.tell_how_to_build(fast, tmp_path, EngineOptions())
     message = str(caught.value)
     assert caught.value.package == "tensorrt" and "'tensorrt' is not installed" in message
     assert f"{tmp_path / 'step.onnx'}, {tmp_path / 'prune.onnx'} were written" in message
     assert f"trtexec --onnx={tmp_path / 'step.onnx'} --saveEngine={tmp_path / 'step.plan'} --stronglyTyped" in message
-
-
-def test_with_tensorrt_it_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "find_spec", lambda name: object())
-    heard: list[str] = []
-    tensorrt.tell_how_to_build(optimized(tiny("llama")), tmp_path, heard.append)
-    assert [line.startswith("build the engine with: trtexec --onnx=") for line in heard] == [True, True]
 
 
 @pytest.mark.slow
@@ -147,14 +143,16 @@ def test_the_command_line_exits_with_3_and_leaves_programs_that_run(tmp_path: Pa
     assert again.returncode == 0 and "40 tokens in" in again.stderr
 
 
-def test_trtexec_gets_a_profile_for_decode_and_one_for_prefill(tmp_path: Path) -> None:
-    fast = optimized(tiny("llama"))
-    step = tensorrt.trtexec(step_program(fast), tmp_path, tensorrt.Bounds(rows=(1, 2, 4)))
+def test_trtexec_gets_a_profile_for_decode_and_one_for_prefill(fast: OptimizedModel, tmp_path: Path) -> None:
+    options = EngineOptions(rows=(1, 2, 4), timing_cache=Path("with space"))
+    step = tensorrt.trtexec(step_program(fast), tmp_path, options)
+    assert "--timingCacheFile='with space'" in step
     decode, prefill = step.split("--profile=1")
     assert "--profile=0 --minShapes=input_ids:1x1,positions:1x1,new_lengths:1,k_0:1x2x32x16" in decode
+    assert "--optShapes=input_ids:2x1,positions:2x1,new_lengths:2,k_0:2x2x1024x16" in decode
     assert "--maxShapes=input_ids:4x1," in decode and "--maxShapes=input_ids:4x1024," in prefill
     assert "decay" not in step  # its size is fixed
     program = prune_program(fast)
     assert program is not None
-    prune = tensorrt.trtexec(program, tmp_path, tensorrt.Bounds())
+    prune = tensorrt.trtexec(program, tmp_path, EngineOptions())
     assert "--profile" not in prune and "threshold:3x16" in prune and "length:3x16" in prune

@@ -123,8 +123,8 @@ def test_a_filled_cache_is_where_a_generation_would_be() -> None:
     fast = optimize(load("toy", CPU).model, LetheConfig(max_tokens=64))
     with _bench_sessions.ours(fast, 2, 100, 70, pruned=True) as session, torch.no_grad():
         mass, position, length = fast.cache.scores()
-        assert length.tolist() == [[32, 32]] * 2 and position.shape == (2, 2, 32)
-        assert position[1, 0].tolist() == [0, 1, 2, 3, *range(72, 100)]
+        assert length.tolist() == [[56, 56]] * 2 and position.shape == (2, 2, 56)
+        assert position[1, 0].tolist() == [0, 1, 2, 3, *range(48, 100)]
         assert bool((mass > 0).all())
         tokens = torch.zeros(2, dtype=torch.int64)
         for _ in range(66):
@@ -279,6 +279,24 @@ def run_main(arguments: Sequence[str], capsys: pytest.CaptureFixture[str], monke
 
 
 @pytest.mark.slow
+def test_requests_at_a_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The section serving runs on a CPU, with the reasoner, and keeps its rows as they come."""
+    file = tmp_path / "bench.json"
+    arguments = ["--only", "serving", "--concurrency", "1,3", "--cell-seconds", "3", "--json", str(file)]
+    out = run_main(arguments, capsys, monkeypatch)
+    assert "concurrent requests in the same KV memory" in out and "TTFT" in out
+    rows = json.loads(file.read_text())["sections"]["serving"]["rows"]
+    cells = [(row["contestant"], row["concurrent"]) for row in rows]
+    assert cells == [("lethe", 1), ("lethe", 3), ("unpruned", 1), ("unpruned", 3)]
+    for row in rows:
+        assert row["tokens_per_s"] > 0 and 0 < row["batch"] <= row["concurrent"] <= row["requests"]
+        assert 0 < row["ttft_p50"] <= row["ttft_p95"] and 0 < row["tpot_p50"] <= row["tpot_p95"]
+        assert 0 < row["kv_peak"] <= row["kv_budget"]
+
+
+@pytest.mark.slow
 def test_the_cpu_section_and_its_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +359,9 @@ def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_defaults_and_quick() -> None:
     usual, quick = (bench._options(bench._parser().parse_args(line)) for line in ([], ["--quick"]))
-    assert usual.only == tuple(bench.SECTIONS) and usual.new_tokens == 24576 and usual.batches == (1, 16)
+    assert (
+        {*usual.only, "tensor-parallel"} == {*bench.SECTIONS} and usual.new_tokens == 24576 and usual.batches == (1, 16)
+    )
     assert quick.shapes == ("llama-8b",) and quick.repeats < usual.repeats
     assert bench._options(bench._parser().parse_args(["--quick", "--batches", "4,2"])).batches == (2, 4)
 
