@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,8 @@ def _check(options: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     if options.artifact is not None:
         load_manifest(options.artifact, verify=False)
+    if options.html is not None and find_spec("plotly") is None:
+        raise InputError("--html draws with plotly: pip install 'lethe-compile[report]'")
     for name in ("json", "junit", "html", "baseline"):
         path = getattr(options, name)
         if path is not None and not path.absolute().parent.is_dir():

@@ -18,7 +18,7 @@ from lethe_compile.passes.summary import GraphSummary, op_name, unexpected_ops
 def made() -> tuple[Program, GraphSummary]:
     fast = lethe.optimize(tiny("llama"), verified=False)
     assert fast.captured is not None
-    return fast.program, fast.captured
+    return fast.program, fast.captured.summary
 
 
 def altered(program: Program) -> tuple[Program, fx.Node]:
