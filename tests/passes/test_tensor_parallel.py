@@ -144,6 +144,7 @@ def test_what_is_refused() -> None:
         TensorParallel(0, 2, "ranks").run(replace(program, sites=(replace(program.sites[0], content=True),)))
 
 
+@pytest.mark.slow
 def test_weights_from_elsewhere() -> None:
     """Every weight that a rank keeps is asked for, whole ones too, and none is copied from the model."""
     asked: dict[str, int] = {}

@@ -32,6 +32,7 @@ def addresses(pids: set[int]) -> set[str]:
     return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
 
 
+@pytest.mark.slow
 def test_it_serves_on_loopback_and_drains() -> None:
     with served("--max-batch", "2", "--drain-timeout", "60") as service:
         client = service.client()

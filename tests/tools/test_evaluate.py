@@ -139,7 +139,7 @@ def test_gsm8k_and_math500_are_read_from_files(tmp_path: Path) -> None:
         ("reasoner --task needle:kind=two", "kind='two' must be one of"),
         ("reasoner --policy leth", "did you mean 'lethe'"),
         ("reasoner --policy lethe:decay=7", "decay=7 is not allowed"),
-        ("reasoner --budget 20", "max_tokens=20 is not allowed: must be None or an integer >= 44"),
+        ("reasoner --budget 19", "max_tokens=19 is not allowed: must be None or an integer >= 20"),
         ("reasoner --policy lethe --budget total=100", "budget=100 is not allowed"),
         ("reasoner --problems 0", "problems=0 is not allowed"),
         ("reasoner --processes 0", "processes=0 is not allowed"),

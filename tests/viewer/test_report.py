@@ -188,7 +188,9 @@ def test_slider_and_keyboard_show_what_was_kept(page: Path, made: dict[str, Any]
 
 
 @needs_chromium
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize(
+    "dark", [pytest.param(False, id="light", marks=pytest.mark.slow), pytest.param(True, id="dark")]
+)
 def test_it_can_be_read_in(dark: bool, page: Path, tmp_path: Path) -> None:
     from PIL import Image
 
