@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,6 +74,13 @@ def propagate(program: Program) -> None:
             raise _broken(node, f"a value changed: {why}")
 
 
+@contextmanager
+def shapes_alone(mode: FakeTensorMode) -> Iterator[None]:
+    """Operators on values without data: with the Python dispatcher, whose decompositions take symbolic sizes."""
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        yield
+
+
 def _fake_value(module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
     if node.op == "get_attr":
         value = attribute(module, str(node.target))
@@ -80,7 +89,7 @@ def _fake_value(module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> 
         raise _broken(node, f"a {node.op}, which no pass should leave in the graph")
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     try:
-        with mode, enable_python_dispatcher(), torch.no_grad():  # its decompositions take symbolic sizes
+        with shapes_alone(mode):
             return node.target(*args, **kwargs)
     except Exception as error:  # whatever an operator raises on its operands is the finding
         raise _broken(node, f"{node.target} does not compute: {error}") from error

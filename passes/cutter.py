@@ -17,7 +17,7 @@ import torch.distributed._functional_collectives
 from torch import Tensor, fx, nn
 
 from lethe_compile.passes.base import Note, refuse
-from lethe_compile.passes.check import fake_mode_of
+from lethe_compile.passes.check import fake_mode_of, shapes_alone
 from lethe_compile.passes.placement import Placement, Samples, Uncuttable, Value, placement_after
 from lethe_compile.passes.program import Program, attribute, is_call, is_symbolic, same_sizes, shape_of
 from lethe_compile.passes.reading import call, sizes_of
@@ -338,7 +338,7 @@ class Cutter:
     def _compute(self, target: Any, args: Any, kwargs: Any) -> Any:
         given = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         try:
-            with fake_mode_of(self._program), torch.no_grad():
+            with shapes_alone(fake_mode_of(self._program)):
                 return target(*given[0], **given[1])
         except Exception as error:  # sizes that do not fit: operators raise as they please; the whole value is gathered
             self._unfit = error

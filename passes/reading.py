@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lethe_compile.passes.check import fake_mode_of
+from lethe_compile.passes.check import fake_mode_of, shapes_alone
 from lethe_compile.passes.evaluate import evaluate
 from lethe_compile.passes.program import Program, ancestors, is_symbolic, same_size, shape_of
 
@@ -102,6 +102,6 @@ def call(target: Callable[..., Any], args: tuple[Any, ...], program: Program) ->
     """A new node with its value's shape on record."""
     node = program.graph.call_function(target, args)
     given = fx.node.map_arg(args, lambda n: n.meta["val"])
-    with fake_mode_of(program), torch.no_grad():
+    with shapes_alone(fake_mode_of(program)):
         node.meta["val"] = target(*given)
     return node

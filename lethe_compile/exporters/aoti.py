@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,10 @@ _ON_CPU = {
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.package_constants_on_disk_format": "binary_blob",
 }
+_LOAD = """
+import json, sys, torch
+print(json.dumps(torch._inductor.aoti_load_package(sys.argv[1]).get_constant_fqns()))
+"""
 _ON_CUDA = {"aot_inductor.package_constants_in_so": False}  # programs share what their runner hands them
 
 
@@ -72,17 +79,31 @@ def _write_kernels(fast: OptimizedModel, directory: Path, progress: Callable[[st
     weights: dict[str, Tensor] = {}
     for program in kernel_programs(fast):
         programs[program.name], exported = _compile(program, directory, _ON_CUDA, progress)
-        package = torch._inductor.aoti_load_package(str(directory / programs[program.name].file))
-        for name in package.get_constant_fqns():
+        for name in _constants_of(directory / programs[program.name].file):
             if name in exported.state_dict:
                 weights[name] = exported.state_dict[name]
             else:
                 weights[f"{program.name}:{name}"] = exported.constants[name]
-        del package
     progress(f"writing {WEIGHTS}")
     on_host = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     save_file(on_host, directory / WEIGHTS)
     return programs
+
+
+def _constants_of(package: Path) -> list[str]:
+    """Names of the weights that a package asks for, told by a process of its own: one that does not load may crash it.
+
+    Raises:
+        LetheError: it does not load.
+    """
+    done = subprocess.run([sys.executable, "-c", _LOAD, str(package)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["without a word"]
+        raise LetheError(
+            f"{package.name}, as torch {torch.__version__} compiled it, does not load: the process that tried it ended"
+            f" with {done.returncode}: {last[0]}"
+        )
+    return list(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _compile(

@@ -155,3 +155,27 @@ def test_what_a_compiler_lacks_is_told(
     program = ExportableProgram("step", torch.nn.Identity(), (Operand("x", (2,), torch.float32),), ("y",), CPU)
     with pytest.raises(LetheError, match=message):
         aoti._compile(program, tmp_path, {}, lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (
+            "import os; os.kill(os.getpid(), 11)",
+            r"step.pt2, as torch .* does not load: .* ended with -11: without a word",
+        ),
+        ("raise OSError('no such kernel')", r"ended with 1: OSError: no such kernel"),
+    ],
+    ids=["crash", "error"],
+)
+def test_a_package_that_does_not_load_ends_its_own_process_alone(
+    script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aoti, "_LOAD", script)
+    with pytest.raises(LetheError, match=message):
+        aoti._constants_of(tmp_path / "step.pt2")
+
+
+def test_constants_of_a_package_are_told_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aoti, "_LOAD", "import json, sys; print('noise'); print(json.dumps([sys.argv[1], 'w']))")
+    assert aoti._constants_of(tmp_path / "step.pt2") == [str(tmp_path / "step.pt2"), "w"]
