@@ -123,7 +123,7 @@ def test_an_exported_program_with_inputs_by_position_and_by_name() -> None:
     torch.testing.assert_close(expect(program)(IDS), model(IDS, positions_of(IDS)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mistral", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("mistral", marks=pytest.mark.slow), "gpt2"])
 def test_a_hugging_face_model_exported_by_the_user(name: str) -> None:
     model = tiny(name)
     model.set_attn_implementation("sdpa")

@@ -86,6 +86,7 @@ def test_it_is_a_model_to_transformers(llama: Trio) -> None:
     assert {name for name in its if mine.get(name) != its[name]} <= {"use_cache"}
 
 
+@pytest.mark.slow
 def test_the_original_config_stays_as_it_was() -> None:
     model = tiny("llama", num_hidden_layers=1)
     for name in ("sdpa", "eager"):
@@ -115,7 +116,7 @@ def test_sampling_draws_the_same_tokens(llama: Trio) -> None:
 
 
 @pytest.mark.parametrize("config", [PRUNING, LITERAL], ids=["lethe", "literal"])
-@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("ends", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_transformers_loop_prunes_as_generate_does(config: lethe.LetheConfig, ends: bool) -> None:
     """Also where rows end early: in a literal batch, a row that goes on would change the others' keep-sets."""
     trio, prompt = Trio("llama", config), ragged()

@@ -263,6 +263,7 @@ def test_a_failing_cached_forward_says_so() -> None:
         lethe.optimize(model)
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_the_dtype_of_each_state() -> None:
     model = hybrid("qwen3_next").to(torch.bfloat16)
     fast: OptimizedModel = lethe.optimize(model, policy="full")

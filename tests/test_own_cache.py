@@ -135,12 +135,16 @@ def case(model: Any, step: Any, example: Any = None) -> Case:
     return Case(model, step, replace(captured, program=located.program), [note.text for note in located.matches])
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "mistral", "gemma2"])
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=["llama", *map(slow, ["qwen3", "mistral"]), "gemma2"])
 def static_case(request: pytest.FixtureRequest) -> Case:
     return case(model_of(request.param), static(request.param))
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "mistral", "gemma2", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", *map(slow, ["qwen3", "mistral", "gemma2"]), "gpt2"])
 def growing_case(request: pytest.FixtureRequest) -> Case:
     several = request.param in ("qwen3", "mistral")
     options = {"rows": 2, "tokens": 3, "padded": request.param == "qwen3"} if several else {}
@@ -290,7 +294,7 @@ def test_a_growing_cache_in_torch_compile() -> None:
     assert_tokens(model, lethe.optimize(module, policy="full", example_inputs=example))
 
 
-@pytest.fixture(scope="module", params=[("gemma2", "static"), ("mistral", "growing")])
+@pytest.fixture(scope="module", params=[slow(("gemma2", "static")), ("mistral", "growing")])
 def rolling_case(request: pytest.FixtureRequest) -> Case:
     name, kind = request.param
     model = model_of(name)

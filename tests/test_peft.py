@@ -92,6 +92,7 @@ def test_merged_adapters() -> None:
     torch.testing.assert_close(fast(IDS), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_adapter_added_by_transformers() -> None:
     model = tiny("llama")
     model.add_adapter(LoraConfig(**EVERYWHERE))
@@ -121,6 +122,7 @@ def test_the_adapters_that_are_active_are_compiled_in(active: str | list[str]) -
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_switching_adapters_later_changes_nothing() -> None:
     model = two_adapters()
     fast = lethe.optimize(model, policy="full")
@@ -145,6 +147,7 @@ def test_the_wrapped_model_is_left_as_it_was() -> None:
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
 
 
+@pytest.mark.slow
 def test_half_precision_models_with_full_precision_adapters() -> None:
     """PEFT keeps adapters in float32, whatever the model's dtype: both are in the graph."""
     model = adapted(dtype=torch.bfloat16)
@@ -154,6 +157,7 @@ def test_half_precision_models_with_full_precision_adapters() -> None:
     assert fast(IDS).dtype == torch.bfloat16 and error < 2e-2
 
 
+@pytest.mark.slow
 def test_pruning_a_wrapped_model_is_pruning_the_merged_one() -> None:
     config = lethe.LetheConfig(sparse_ratio=1.5, decay=0.9, prune_threshold=20, prune_interval=5, protect_prompt=False)
     wrapped, merged = (lethe.optimize(m, config) for m in (adapted(), adapted().merge_and_unload()))

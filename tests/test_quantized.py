@@ -133,6 +133,7 @@ def test_other_schemes_of_torchao(scheme: str) -> None:
 
 
 @needs_torchao
+@pytest.mark.slow
 def test_a_checkpoint_quantised_while_it_loads(tmp_path: Path) -> None:
     from torchao.quantization import Int8WeightOnlyConfig
 
@@ -173,6 +174,7 @@ def lora(model: Any) -> Any:
 
 
 @needs_torchao
+@pytest.mark.slow
 def test_an_adapter_over_quantised_weights() -> None:
     model = torchao("llama", torch.float32)
     expected = logits(model)
@@ -211,6 +213,7 @@ def test_bitsandbytes_int8_layers(name: str, dtype: torch.dtype, tmp_path: Path)
 
 
 @needs_bitsandbytes
+@pytest.mark.slow
 def test_bitsandbytes_before_and_after_the_first_forward(tmp_path: Path) -> None:
     """It moves weights and scales from the parameter to a state when it first runs."""
     model = bitsandbytes("llama", tmp_path)

@@ -54,7 +54,10 @@ def ids_of(rows: int, tokens: int) -> Tensor:
     return torch.randint(3, 90, (rows, tokens), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name in ("gemma3_text", "phimoe") else ()) for name in MODELS],
+)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -311,6 +311,7 @@ def test_a_cache_that_was_taken_over_is_no_cache_for_others(llama: Any, loop: An
         step(fast, cache, ids[:, 7:], 7)
 
 
+@pytest.mark.slow
 def test_two_generations_at_a_time_are_refused(llama: Any, loop: Any) -> None:
     fast, first, second = loop, static_cache(llama), static_cache(llama)
     ids = torch.randint(3, 97, (2, 8))

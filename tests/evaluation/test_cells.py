@@ -72,7 +72,7 @@ def test_varied_settings_are_curves() -> None:
         ("leth", "did you mean 'lethe'"),
         ("lethe:sparse=3", "sparse_ratio"),
         ("lethe:decay=2", "decay=2 is not allowed"),
-        ({"policy": "lethe", "budgets": [20]}, "max_tokens=20 is not allowed"),
+        ({"policy": "lethe", "budgets": [19]}, "max_tokens=19 is not allowed"),
         ({"policy": "lethe", "budget": [20]}, "has no 'budget'"),
         ({"label": "x"}, "does not name its policy"),
         ({"policy": "lethe", "batches": [0]}, "0 is not a batch size"),

@@ -175,6 +175,7 @@ def test_decode_on_pages_of_any_size(heads: Heads, page: int) -> None:
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.slow
 def test_decode_in_half_precision(dtype: torch.dtype) -> None:
     for options in OPTIONS.values():
         assert_agrees(decode.attention, case(SHAPES[1], 16, [70, 5, 16], [1, 0, 1], dtype), options)
@@ -182,6 +183,7 @@ def test_decode_in_half_precision(dtype: torch.dtype) -> None:
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.slow
 def test_decode_of_blocks_loaded_in_bulk(options: dict[str, Any]) -> None:
     """Full blocks come through descriptors, the last one, which NaN follows, does not."""
     kernel = partial(decode.attention, tune=decode.Tuning(16, programs=1, warps=4, stages=2, bulk=True))
@@ -232,7 +234,9 @@ def test_decode_of_rows_that_share_programs() -> None:
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("lengths", [[0, 0, 0], [0, 9, 50]], ids=["prefill", "extension"])
+@pytest.mark.parametrize(
+    "lengths", [pytest.param([0, 0, 0], id="prefill", marks=pytest.mark.slow), pytest.param([0, 9, 50], id="extension")]
+)
 def test_prefill(lengths: list[int], options: dict[str, Any]) -> None:
     for heads, page in zip(SHAPES, (4, 16, 64), strict=True):
         assert_agrees(prefill.attention, case(heads, page, lengths, [70, 0, 33], torch.float32), options)

@@ -196,6 +196,7 @@ def test_one_cache_for_layers_that_attend_to_the_same() -> None:
     assert_computes_the_same(model, fast)
 
 
+@pytest.mark.slow
 def test_deepseek_v3_caches_576_numbers_a_token_and_layer() -> None:
     """Its real attention, in a model that is narrow otherwise: 1,152 bytes instead of 81,920, 71 times less."""
     transformers = pytest.importorskip("transformers")

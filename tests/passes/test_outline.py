@@ -22,7 +22,9 @@ def program(model: Any, *, fuse: bool = False) -> Program:
     return run_pipeline(capture(model).program, pipeline(0.9, True, fuse=fuse)).program
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "plain"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in CONFIGS), "plain"]
+)
 def test_repeated_layers_are_one_region(name: str) -> None:
     compiled = program(plain() if name == "plain" else tiny(name))
     cut = outline(compiled)

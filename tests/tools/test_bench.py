@@ -137,6 +137,7 @@ def test_a_filled_cache_is_where_a_generation_would_be() -> None:
 # ----------------------------------------------------------------------------------------------------------- sections
 
 
+@pytest.mark.slow
 def test_steps_of_a_toy() -> None:
     rows = _bench_steps.run(toy_bench())
     assert [row["contestant"] for row in rows] == ["dynamic", "unpruned", "lethe"]
@@ -181,6 +182,7 @@ def test_after_the_time_limit_rows_say_so() -> None:
     assert {row["error"] for row in _bench_steps.run(late)} == {"not run: the time limit of 1 s was reached"}
 
 
+@pytest.mark.slow
 def test_kernels_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_bench_kernels, "_flex", lambda *_: (_ for _ in ()).throw(RuntimeError("no compiler")))
     shape = _bench_kernels.Decode(2, 64, 4, 2, 16)
