@@ -1,7 +1,7 @@
 """Round trips: exported by `lethe export`, run by `lethe run` in a fresh process, the answers of the process itself.
 
-The reasoner to ONNX, most of a minute, is part of every run (`test_reasoner.py` has more of it); to AOTInductor it takes
-minutes of the C++ compiler: a slow test. Sizes and times are printed.
+The reasoner to ONNX, most of a minute, is part of every run (`test_reasoner.py` has more of it); to AOTInductor it
+takes minutes of the C++ compiler: a slow test. Sizes and times are printed.
 """
 
 from __future__ import annotations
