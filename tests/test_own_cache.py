@@ -244,6 +244,7 @@ def test_a_dynamic_cache_in_and_out(name: str) -> None:
     assert_tokens(model_of(name), lethe.optimize(with_dynamic_cache(name), policy="full"))
 
 
+@pytest.mark.slow
 def test_the_graph_module_of_an_export_with_a_past() -> None:
     step = growing("qwen3")
     module, (_, example) = step.module(), step.example_inputs
@@ -279,7 +280,7 @@ def static_cache(model: Any) -> StaticCache:
     return StaticCache(config=model.config, max_cache_len=SLOTS)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, slow(True)])
 def test_a_static_cache_in_torch_compile(dynamic: bool) -> None:
     model = model_of("qwen3")
     module, example = compiled(model, static_cache(model), dynamic)

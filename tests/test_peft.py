@@ -49,7 +49,13 @@ def expect_same(model: Any, fast: lethe.OptimizedModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "task_type"), [("llama", "CAUSAL_LM"), ("llama", None), ("gemma2", "CAUSAL_LM"), ("gpt2", "CAUSAL_LM")]
+    ("name", "task_type"),
+    [
+        ("llama", "CAUSAL_LM"),
+        pytest.param("llama", None, marks=pytest.mark.slow),
+        pytest.param("gemma2", "CAUSAL_LM", marks=pytest.mark.slow),
+        ("gpt2", "CAUSAL_LM"),
+    ],
 )
 def test_lora_is_part_of_the_graph(name: str, task_type: str | None) -> None:
     model = adapted(name, LoraConfig(task_type=task_type, fan_in_fan_out=name == "gpt2", **EVERYWHERE))

@@ -143,6 +143,7 @@ def fast(model: Toy) -> lethe.OptimizedModel:
     return optimized(model)
 
 
+@pytest.mark.slow
 def test_every_spelling_is_absorbed_and_near_misses_are_refused(model: Toy) -> None:
     result = run_pipeline(program_after(model, "fold-repeat-kv"), [CacheLatent()])
     (record,), sites = result.records, result.program.sites
