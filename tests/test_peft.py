@@ -86,6 +86,7 @@ def test_other_adapters_in_layers(config: Any) -> None:
     expect_same(model, lethe.optimize(model, policy="full"))
 
 
+@pytest.mark.slow
 def test_merged_adapters() -> None:
     expected = logits(adapted())
     merged = adapted()
@@ -118,6 +119,7 @@ def two_adapters() -> Any:
 
 
 @pytest.mark.parametrize("active", ["default", "second", ["default", "second"]])
+@pytest.mark.slow
 def test_the_adapters_that_are_active_are_compiled_in(active: str | list[str]) -> None:
     model = two_adapters()
     model.base_model.set_adapter(active)

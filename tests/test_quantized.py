@@ -57,6 +57,7 @@ def expect_teacher_forced(model: Any, fast: lethe.OptimizedModel, tolerance: flo
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.slow
 def test_a_half_precision_checkpoint(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = loaded(name, tmp_path, dtype)
     fast = lethe.optimize(model, policy="full")
@@ -105,6 +106,7 @@ def stored(model: nn.Module) -> set[int]:
 @needs_torchao
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.slow
 def test_torchao_int8_weights(name: str, dtype: torch.dtype) -> None:
     model = torchao(name, dtype)
     fast = lethe.optimize(model, policy="full")
@@ -199,6 +201,7 @@ def bitsandbytes(name: str, folder: Path, dtype: torch.dtype = torch.float32, **
     [("llama", torch.float32), ("llama", torch.float16), ("gemma2", torch.bfloat16), ("gpt2", torch.float32)],
     ids=str,
 )
+@pytest.mark.slow
 def test_bitsandbytes_int8_layers(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """GPT-2's layers have biases."""
     model = bitsandbytes(name, tmp_path, dtype)

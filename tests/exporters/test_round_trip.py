@@ -1,7 +1,7 @@
 """Round trips: exported by `lethe export`, run by `lethe run` in a fresh process, the answers of the process itself.
 
-The reasoner to ONNX, most of a minute, is part of every run (`test_reasoner.py` has more of it); to AOTInductor it
-takes minutes of the C++ compiler: a slow test. Sizes and times are printed.
+Slow tests: the reasoner takes most of a minute to ONNX (`test_reasoner.py` has more of it), and minutes of the C++
+compiler to AOTInductor. Sizes and times are printed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ABSENT = {"onnx": ["torch", "transformers"], "aoti": ["transformers", "triton", 
     ("name", "format"),
     [
         pytest.param("llama", "onnx", marks=pytest.mark.slow),
-        ("reasoner", "onnx"),
+        pytest.param("reasoner", "onnx", marks=pytest.mark.slow),
         pytest.param("reasoner", "aoti", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
 )

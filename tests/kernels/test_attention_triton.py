@@ -251,6 +251,7 @@ def test_kv_heads_as_rows(options: str) -> None:
         assert_agrees(kernel, given, OPTIONS[options])
 
 
+@pytest.mark.slow
 def test_through_the_interpreter() -> None:
     run_interpreted(__file__)
 

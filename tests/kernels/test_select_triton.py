@@ -108,6 +108,7 @@ def test_nothing_to_select_from() -> None:
         assert keep.shape == (rows, width) and broke.shape == (rows,) and not broke.any()
 
 
+@pytest.mark.slow
 def test_through_the_interpreter() -> None:
     run_interpreted(__file__)
 

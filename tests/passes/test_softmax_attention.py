@@ -129,6 +129,7 @@ def test_every_known_spelling_is_read(known: Toy) -> None:
     assert sites["where"].slopes is None
 
 
+@pytest.mark.slow
 def test_what_was_read_computes_the_same(known: Toy) -> None:
     assert_computes_the_same(known, optimized(known))
 
