@@ -97,6 +97,7 @@ def submit(loop: Loop, fast: lethe.OptimizedModel, order: int, prompt: list[int]
 
 
 def step(loop: Loop) -> None:
+    loop.admit()
     loop.step()
     loop.tell()
     check_pages(loop.batch.cache, loop.batch.used)

@@ -306,6 +306,8 @@ class Engine:
                 self._observe()
                 self._ready.set()
                 while self._take():
+                    self._loop.admit()
+                    self._observe()  # before anyone reads a token of a request that `stats` still counts as queued
                     self._loop.step()
                     self._observe()
                     self._loop.tell()

@@ -70,15 +70,19 @@ class Loop:
         """Whether there is nothing to do until someone submits."""
         return not (self.scheduler.waiting or self.scheduler.rows or self._sent)
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Take jobs in, run some prompt tokens and one token of every row, and deliver what has come."""
+    def admit(self) -> None:
+        """Free the rows of cancelled jobs, and give rows to those who wait."""
         scheduler = self.scheduler
         for job in [*scheduler.rows, *scheduler.waiting]:
             if job.cancelled and not job.ended:
                 self.finish(job, "cancelled")
         scheduler.sweep()
         scheduler.admit()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Run some prompt tokens and one token of every row, and deliver what has come."""
+        scheduler = self.scheduler
         self._prefill()
         if scheduler.prepare():
             self._decode()
