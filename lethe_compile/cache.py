@@ -254,6 +254,10 @@ class KVCache:
         """Give back every page that is only reserved."""
         self._truncate(self.pages_filled())
 
+    def give_back(self, held: Counts) -> None:
+        """Give back all pages beyond those `held` [layers, rows] before, as `pages_held` had them."""
+        self._truncate(np.minimum(held, self.pages_held()))
+
     def end(self) -> None:
         """Give back all pages. Figures stay to be read, and the pools' tensors for the next generation."""
         self.free_rows(range(self.rows))

@@ -92,6 +92,7 @@ class Ranks:
 
     Attributes:
         rank, size: which one this is, of how many.
+        broken: why they can no longer work together, as text; None while they can.
         group_name: of the process group, as functional collectives take it.
         device: where tensors must lie that are sent.
     """
@@ -103,6 +104,8 @@ class Ranks:
         self.device = torch.device(mesh.device_type)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
+        self.broken: str | None = None
+        self._host_group: dist.ProcessGroup | None = None
 
     # ------------------------------------------------------------------------------------------------ on the device
 
@@ -147,6 +150,27 @@ class Ranks:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self._group)
         return found
+
+    def host_group(self) -> dist.ProcessGroup:
+        """The same ranks over gloo, for small messages between hosts: no GPU waits, and none is waited for.
+
+        Every rank asks for it at the same place; the first time makes it. It lasts as long as torch.distributed: torch
+        would give another one its name, and with it its addresses.
+        """
+        if self._host_group is None:
+            members = dist.get_process_group_ranks(self._group)
+            part = len(members) < dist.get_world_size()
+            self._host_group = dist.new_group(members, backend="gloo", timeout=TIMEOUT, use_local_synchronization=part)
+        return self._host_group
+
+    def abort(self, why: str) -> None:
+        """These ranks work together no more; what waits for another on a GPU returns.
+
+        Gloo offers no such thing: there, who waits does so until the other's process ends, or `TIMEOUT`.
+        """
+        self.broken = self.broken or why
+        if self.device.type == "cuda":
+            self._group.abort()
 
     def same(self, facts: Mapping[str, Any]) -> None:
         """Refuse to go on where ranks were given different things; `facts` by name, JSON-ready.

@@ -192,8 +192,11 @@ class OptimizedModel(nn.Module):
         `position_ids` default to counting each row's own tokens.
 
         Raises:
-            InputError: ids outside the vocabulary, an empty batch, or more tokens than the model has positions.
+            InputError: ids outside the vocabulary, an empty batch, or more tokens than the model has positions; several
+                ranks run this model, and an Engine has it.
         """
+        if self.ranks is not None and self._lent_to is not None:
+            raise InputError(f"{self._lent_to} has this model, and ranks take one step at a time: close it first")
         lengths, order = self._right_pad(input_ids, attention_mask)
         ids = input_ids.gather(1, order)
         positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
@@ -637,14 +640,21 @@ class OptimizedModel(nn.Module):
         reduction. Rows that are KV heads are one rank's alone.
         """
         mass, position, length = self.cache.scores()
-        if self.ranks is not None and self.policy.decay is not None and not self.policy.per_head:
-            mass = self.ranks.reduced(mass, peak=self.policy.peak)
-        return mass, position, length
+        return self.scores_of_all(mass, self.policy), position, length
+
+    def scores_of_all(self, mass: Tensor, policy: Policy) -> Tensor:
+        """What `policy` chooses by, from the scores of this rank's heads: those of all, where a row is a sequence."""
+        if self.ranks is None or policy.decay is None or policy.per_head:
+            return mass
+        return self.ranks.reduced(mass, peak=policy.peak)
 
     def _keys(self, layer: int) -> Tensor:
         """[rows, slots, KV heads, k_dim] of one layer, of all ranks' heads where a row is a sequence."""
-        keys = self.cache.keys(layer)
-        if self.ranks is None or self.policy.per_head:
+        return self.keys_of_all(layer, self.cache.keys(layer), self.policy)
+
+    def keys_of_all(self, layer: int, keys: Tensor, policy: Policy) -> Tensor:
+        """The same from `keys` of this rank's heads, as `policy` looks at them."""
+        if self.ranks is None or policy.per_head:
             return keys
         return self.ranks.all_heads(keys, self.caches[layer].kv_parts)
 

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lethe_compile.cache import Compaction, Rows
+from lethe_compile.errors import OutOfPagesError
 from lethe_compile.executor import DecodeGraph, Executor
 from lethe_compile.ledger import Counts
 from lethe_compile.policies.base import RoundState
 from lethe_compile.runtime import OptimizedModel, bucket
+from lethe_compile.serving.lockstep import Alone
 from lethe_compile.serving.row_policy import RowPolicy
 from lethe_compile.states import States
 from lethe_compile.transfers import sent
@@ -45,9 +47,15 @@ class Batch:
     """
 
     def __init__(
-        self, fast: OptimizedModel, executor: Executor, size: int, max_bytes: int | None, longest: int
+        self,
+        fast: OptimizedModel,
+        executor: Executor,
+        size: int,
+        max_bytes: int | None,
+        longest: int,
+        ranks: Alone | None = None,
     ) -> None:
-        self.fast, self._executor, self.size = fast, executor, size
+        self.fast, self._executor, self.size, self.ranks = fast, executor, size, ranks or Alone()
         self.device, self._heads = fast.device, fast.keep_sets.heads
         self.cache = fast.new_cache()
         self.cache.max_bytes = max_bytes
@@ -67,6 +75,8 @@ class Batch:
         self.fed, self.until_round, self.left = (np.zeros(size, np.int64) for _ in range(3))
         self.live: NDArray[np.bool_] = np.zeros(size, np.bool_)
         self._graphs: dict[int, DecodeGraph] = {}
+        self._before = 0  # captures of graphs that are forgotten
+        self._recorded = self.cache.generation  # that `_graphs` are of, where several ranks record them
         self._rounds: list[tuple[list[int], Compaction]] = []  # whose outcome is on its way
 
     def warm_up(self) -> None:
@@ -148,9 +158,25 @@ class Batch:
         """Pages until each live row's next round, and for `prompts` [used] tokens of the others that are yet to come.
 
         Raises:
-            OutOfPagesError: there are too few; every row holds what it held.
+            OutOfPagesError: there are too few, on this rank or another; every row holds what it held.
         """
-        self.cache.reserve_rows(self.needs(prompts))
+        held, failure = self.cache.pages_held(), None
+        try:
+            self.cache.reserve_rows(self.needs(prompts))
+        except OutOfPagesError as error:
+            failure = error
+        # Whether pages were asked for is alike where lengths are. Whether the device had them differs from rank to rank,
+        # and with it whether tensors were replaced, for which a graph is recorded anew: on all ranks, or on none.
+        grown = failure is not None or bool((self.cache.pages_held() != held).any())
+        if not self.ranks.alike or grown:
+            granted, newest = self.ranks.fewest(np.array([failure is None, -self.cache.generation])).tolist()
+            if self.ranks.size > 1 and -newest != self._recorded:
+                self._before += self.captures
+                self._graphs.clear()
+                self.cache.generation = self._recorded = -newest
+            if not granted:
+                self.cache.give_back(held)
+                raise failure or OutOfPagesError("another rank has no room for the next steps")
 
     def needs(self, prompts: Counts) -> Counts:
         """[cache's rows] tokens to come; see `reserve`."""
@@ -229,7 +255,7 @@ class Batch:
     @property
     def captures(self) -> int:
         """How often a decode step was recorded as a CUDA graph."""
-        return sum(graph.captures for graph in self._graphs.values())
+        return self._before + sum(graph.captures for graph in self._graphs.values())
 
     def _clear_before_rounds(self) -> None:
         if self._window is None:
@@ -254,13 +280,17 @@ class Batch:
         which = sent(np.asarray(sequences, np.int64), self.device)
         of = (self._prompts[which], self.next_position[which], self.active[which])
         prompts, following, active = map(self.fast.keep_sets.spread, of)
+        mass, position, length = self.cache.scores(rows)
+        policy = self.policy.policy
         state = RoundState(
-            *self.cache.scores(rows),
+            self.fast.scores_of_all(mass, policy),
+            position,
+            length,
             self.fast.windows,
             prompts,
             following,
             active,
-            key_source=lambda layer: self.cache.keys(layer, rows),
+            key_source=lambda layer: self.fast.keys_of_all(layer, self.cache.keys(layer, rows), policy),
             heads=self._heads,
         )
         least = None if limit is None else torch.full_like(state.length, limit)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import queue
-import threading
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from lethe_compile.errors import ConfigError, EngineBusyError, EngineClosedError, InputError
+from lethe_compile.errors import ConfigError, EngineClosedError, InputError
 from lethe_compile.executor import Executor
 from lethe_compile.memory import allowance, check_kv_memory
 from lethe_compile.runtime import OptimizedModel
-from lethe_compile.serving.job import Job, read_prompt, read_terms
+from lethe_compile.serving.driver import Driver
+from lethe_compile.serving.intake import Intake, merged
+from lethe_compile.serving.lockstep import Alone, lockstep_of
 from lethe_compile.serving.loop import Loop
+from lethe_compile.serving.offline import completions
 from lethe_compile.serving.request import Completion, Request
 from lethe_compile.serving.sampling import SamplingParams
 from lethe_compile.serving.stats import Counters, EngineStats, Times
@@ -29,13 +25,10 @@ from lethe_compile.serving.stats import Counters, EngineStats, Times
 _GPU_SHARE = 0.9  # of free memory, for the cache, where nobody says
 _CHUNKS = {"cpu": 256}  # prompt tokens between two decode steps, by device
 _CHUNK = 2048
-_WIDTH = (
-    4096  # tokens of a row that the page table has room for from the start; on a GPU another width is recorded anew
-)
+_WIDTH = 4096  # tokens of a row that the page table has room for at once; on a GPU another width is recorded anew
 _AHEAD = 4  # batches that `run` reads ahead
 
 Prompt = Sequence[int] | Tensor
-_ids = itertools.count()
 
 
 class Engine:
@@ -67,10 +60,24 @@ class Engine:
     since such a mask can depend on the longest row of a batch. Where rotary frequencies change with the length,
     requests beyond the first range are refused.
 
+    On the ranks of a tensor-parallel model, every rank makes its engine with the same arguments. Requests are submitted
+    on rank 0, and the others follow it, step by step, until it closes; under ``torchrun --nproc-per-node 2 app.py``::
+
+        fast = lethe.optimize(model, tp=lethe_compile.distributed.init())
+        with lethe.Engine(fast, max_batch=64) as engine:
+            if engine.leads:  # rank 0
+                print(engine.submit(ids, max_new_tokens=4096).result().tokens)
+        # the others wait here until rank 0 has left; `follow()` does so within
+
+    Tokens are those of one rank. Logits processors and stop strings run on rank 0 alone. `kv_memory` is of each rank, a
+    fraction the least of all. When a rank fails, the engines of all end with an error that names it, and the processes
+    must be started anew.
+
     Raises:
-        ConfigError: a setting that is not allowed; a policy that couples rows (`paper_literal`); a model whose heads
-            are split over ranks.
+        ConfigError: a setting that is not allowed; a policy that couples rows (`paper_literal`); ranks that were given
+            different settings.
         InputError: the model is generating, or another engine's.
+        LetheError: another rank failed.
     """
 
     def __init__(
@@ -85,64 +92,68 @@ class Engine:
         under_pressure: Literal["prune", "preempt"] = "prune",
         tokenizer: Any = None,
     ) -> None:
-        numbers = {"max_batch": max_batch, "max_queue": max_queue, "max_length": max_length}
-        for name, value in {**numbers, "prefill_chunk": prefill_chunk}.items():
+        numbers = {"max_batch": max_batch, "max_length": max_length, "prefill_chunk": prefill_chunk}
+        if fast.ranks is not None:
+            facts = {**numbers, "kv_memory": kv_memory, "under_pressure": under_pressure}
+            fast.ranks.same({f"the engine's {name}": value for name, value in facts.items()})
+        for name, value in {**numbers, "max_queue": max_queue}.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name}={value!r} is not allowed: must be an integer >= 1")
         if under_pressure not in ("prune", "preempt"):
             raise ConfigError(f"under_pressure={under_pressure!r} is not allowed: must be 'prune' or 'preempt'")
         check_kv_memory(kv_memory)
-        if fast.ranks is not None:
-            raise ConfigError(
-                "an Engine cannot serve a tensor-parallel model: each rank would admit and preempt by itself, and ranks"
-                " must take the same steps. Run one Engine for each GPU, or generate in batches"
-            )
-        self.fast, self.max_batch, self.max_length, self._max_queue = fast, max_batch, max_length, max_queue
-        self._tokenizer = tokenizer
-        self._limit = min([x for x in (fast.max_positions, fast.restart_at, max_length) if x], default=None)
-        self._changed = threading.Condition()  # guards all below
-        self._inbox: deque[Job] = deque()
-        self._waiting = 0  # in the inbox, or not yet admitted
-        self._closing = self._abort = False
-        self._failure: BaseException | None = None
+        self.fast, self.max_batch, self.max_length = fast, max_batch, max_length
+        self._intake = Intake(fast, max_length, tokenizer)
         self._counters, self._times = Counters(), Times()
-        self._look: dict[str, Any] = {}
         executor = fast.lend("an Engine")
         try:
-            self._loop = self._make_loop(executor, kv_memory, prefill_chunk, under_pressure == "prune")
-            self._thread = threading.Thread(target=self._main, name="lethe-engine", daemon=True)
-            self._ready = threading.Event()
-            self._thread.start()
-            self._ready.wait()
-            if self._failure is not None:
-                raise self._failure
+            ranks = lockstep_of(fast.ranks, fast.policy.per_head)
+            max_bytes = ranks.least(self._allowed(kv_memory))
+            with ranks.together("make an Engine"):
+                self._loop = self._make_loop(ranks, executor, max_bytes, prefill_chunk, under_pressure == "prune")
+            self._intake.admission = self._loop.scheduler.admission
+            self._ranks, self._driver = ranks, Driver(self._loop, ranks, max_queue)
+            self._driver.start()
         except BaseException:
             fast.take_back()
             raise
 
-    def _make_loop(self, executor: Executor, kv_memory: int | float | None, chunk: int | None, prunes: bool) -> Loop:
+    def _allowed(self, kv_memory: int | float | None) -> int | None:
+        """Bytes of the cache on this rank's device."""
         fast = self.fast
         if kv_memory is None:
             kv_memory = fast.kv_memory
         if kv_memory is None and fast.device.type == "cuda":
             kv_memory = _GPU_SHARE
+        return allowance(kv_memory, fast.device, 0, None)
+
+    def _make_loop(
+        self, ranks: Alone, executor: Executor, max_bytes: int | None, chunk: int | None, prunes: bool
+    ) -> Loop:
+        fast = self.fast
         return Loop(
             fast,
             executor,
             max_batch=self.max_batch,
-            max_bytes=allowance(kv_memory, fast.device, 0, None),
-            longest=min(self._limit or _WIDTH, self.max_length or _WIDTH),
+            max_bytes=max_bytes,
+            longest=min(self._intake.limit or _WIDTH, self.max_length or _WIDTH),
             prefill_chunk=chunk or _CHUNKS.get(fast.device.type, _CHUNK),
             prunes=prunes,
             counters=self._counters,
             times=self._times,
+            ranks=ranks,
         )
+
+    @property
+    def leads(self) -> bool:
+        """Whether requests are submitted here: on rank 0, and where there is one rank alone."""
+        return self._ranks.leads
 
     # --------------------------------------------------------------------------------------------------- requests
 
     def submit(
         self,
-        ids: Sequence[int] | Tensor,
+        ids: Prompt,
         params: SamplingParams | None = None,
         *,
         id: str | None = None,
@@ -152,71 +163,28 @@ class Engine:
 
         Raises:
             InputError: the prompt is empty, has ids outside the vocabulary, or is with its new tokens longer than the
-                model, `max_length` or the pool allow; an option is unknown or cannot be honoured. Nothing was queued.
+                model, `max_length` or the pool allow; an option is unknown or cannot be honoured; this is not rank 0.
+                Nothing was queued.
             EngineBusyError: `max_queue` requests wait already.
             EngineClosedError: the engine is closed, or has failed; in that case the cause is attached.
         """
-        params = replace(params or SamplingParams(), **_known(options))
-        job = self._read(ids, params, id)
-        with self._changed:
-            if self._max_queue is not None and self._waiting >= self._max_queue:
-                self._counters.refused += 1
-                raise EngineBusyError(f"{self._waiting} requests wait already (max_queue): try again later")
-            self._enter(job)
-        return job.request
+        return self._submit(ids, merged(params, options), id, bounded=True)
 
-    def _read(self, ids: Prompt, params: SamplingParams, id: str | None) -> Job:
-        """A checked job; nothing has happened yet."""
+    def _submit(self, ids: Prompt, params: SamplingParams, id: str | None = None, *, bounded: bool = False) -> Request:
         try:
-            prompt = read_prompt(ids, self.fast.vocab_size)
-            terms = read_terms(params, prompt, self.fast, self._tokenizer)
-            self._check_length(len(prompt), terms.new_tokens)
+            if not self.leads:
+                raise InputError(f"{self._where} follows rank 0: submit requests there, and call follow() here")
+            job = self._intake.read(ids, params, id, self._driver.cancel)
         except InputError:
-            with self._changed:
+            with self._driver.changed:
                 self._counters.refused += 1
             raise
-        seed = int(torch.randint(0, 1 << 62, ())) if params.seed is None else params.seed
-        request = Request(id or f"request-{os.getpid()}-{next(_ids)}", prompt, params, lambda _: self._cancel(job))
-        job = Job(request, terms, seed)
-        job.claim = self._loop.scheduler.admission.claim(len(prompt), terms.new_tokens)
-        return job
-
-    def _check_length(self, prompt: int, new_tokens: int) -> None:
-        whole = prompt + new_tokens
-        if self._limit is not None and whole > self._limit:
-            limits = {
-                "positions of the model": self.fast.max_positions,
-                "max_length of the engine": self.max_length,
-                "tokens beyond which this model's rotary frequencies depend on the longest row of a batch": (
-                    self.fast.restart_at
-                ),
-            }
-            (why,) = [name for name, limit in limits.items() if limit == self._limit][:1]
-            raise InputError(
-                f"a prompt of {prompt} tokens and up to {new_tokens} new ones are {whole} tokens, and the limit is"
-                f" {self._limit}, the {why}: shorten the prompt or lower max_new_tokens"
-            )
-        self._loop.scheduler.admission.check(prompt, new_tokens)
-
-    def _enter(self, job: Job) -> None:
-        if self._failure is not None:
-            raise EngineClosedError(f"the engine has failed: {self._failure}") from self._failure
-        if self._closing:
-            raise EngineClosedError("the engine is closed: it takes no requests any more")
-        job.order = self._counters.submitted
-        self._counters.submitted += 1
-        self._waiting += 1
-        self._inbox.append(job)
-        self._changed.notify_all()
-
-    def _cancel(self, job: Job) -> None:
-        job.cancelled = True
-        with self._changed:
-            self._changed.notify_all()
+        self._driver.enter(job, bounded=bounded)
+        return job.request
 
     def run(
         self,
-        prompts: Iterable[Sequence[int] | Tensor | tuple[Sequence[int] | Tensor, SamplingParams]],
+        prompts: Iterable[Prompt | tuple[Prompt, SamplingParams]],
         params: SamplingParams | None = None,
         *,
         ordered: bool = True,
@@ -229,165 +197,82 @@ class Engine:
         Raises:
             LetheError: of the first request that fails, when its turn comes; the others are cancelled.
         """
-        total = len(prompts) if isinstance(prompts, Sized) else None
-        shared = replace(params or SamplingParams(), **_known(options))
-        return self._run(iter(prompts), shared, ordered, progress, total)
-
-    def _run(
-        self, prompts: Iterator[Any], shared: SamplingParams, ordered: bool, progress: bool, total: int | None
-    ) -> Iterator[Completion]:
-        from tqdm import tqdm
-
-        begun: dict[Request, None] = {}  # in order
-        ended: queue.SimpleQueue[Request] = queue.SimpleQueue()
-        bar = tqdm(total=total, unit=" requests", disable=not progress)
-
-        def refill() -> None:
-            for one in itertools.islice(prompts, _AHEAD * self.max_batch - len(begun)):
-                ids, own = one if isinstance(one, tuple) and isinstance(one[-1], SamplingParams) else (one, shared)
-                job = self._read(ids, own, None)
-                with self._changed:
-                    self._enter(job)
-                begun[job.request] = None
-                job.request.add_done_callback(ended.put)
-
-        try:
-            refill()
-            while begun:
-                request = next(iter(begun)) if ordered else ended.get()
-                result = request.result()
-                del begun[request]
-                bar.update()
-                refill()
-                yield result
-        finally:
-            for request in begun:
-                request.cancel()
-            bar.close()
-
-    # ------------------------------------------------------------------------------------------------------ figures
+        return completions(
+            self._submit,
+            iter(prompts),
+            merged(params, options),
+            ahead=_AHEAD * self.max_batch,
+            ordered=ordered,
+            progress=progress,
+            total=len(prompts) if isinstance(prompts, Sized) else None,
+        )
 
     def stats(self) -> EngineStats:
-        """Figures of now; cheap, from any thread."""
-        with self._changed:
+        """Figures of now; cheap, from any thread. On ranks other than 0, how requests ended is not known."""
+        driver = self._driver
+        with driver.changed:
             return EngineStats(
-                queued=self._waiting,
+                queued=driver.waiting,
                 max_batch=self.max_batch,
-                **self._look,
+                **driver.look,
                 **asdict(self._counters),
                 **self._times.lists(),
             )
-
-    def _observe(self) -> None:
-        """What `stats` shows of what the thread has; called by it."""
-        cache, scheduler = self._loop.batch.cache, self._loop.scheduler
-        held, free = cache.pages
-        with self._changed:
-            self._waiting = len(self._inbox) + len(scheduler.waiting)
-            self._look = {
-                "running": len(scheduler.rows),
-                "pages_used": held,
-                "pages_free": free,
-                "bytes_used": cache.bytes_in_use,
-                "bytes_allowed": cache.max_bytes,
-                "retained_tokens": int(cache.lengths.sum()),
-            }
-
-    # ----------------------------------------------------------------------------------------------------- the thread
-
-    def _main(self) -> None:
-        """The engine's thread: nothing else touches the model or its cache."""
-        try:
-            with ExitStack() as stack:
-                if self.fast.device.type == "cuda":
-                    stack.enter_context(torch.cuda.device(self.fast.device))
-                stack.enter_context(torch.no_grad())
-                self._loop.batch.warm_up()
-                self._observe()
-                self._ready.set()
-                while self._take():
-                    self._loop.admit()
-                    self._observe()  # before anyone reads a token of a request that `stats` still counts as queued
-                    self._loop.step()
-                    self._observe()
-                    self._loop.tell()
-        except BaseException as error:
-            self._failure = error
-        finally:
-            self._end()
-            self._ready.set()
-
-    def _take(self) -> bool:
-        """New jobs into the queue; waits for some if there is nothing to do. False: the engine is to end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._inbox or self._closing or not self._loop.idle)
-            self._loop.scheduler.waiting.extend(self._inbox)
-            self._inbox.clear()
-            if self._abort:
-                for job in [*self._loop.scheduler.waiting, *self._loop.scheduler.rows]:
-                    job.cancelled = True
-            return not (self._closing and self._loop.idle)
-
-    def _end(self) -> None:
-        """However the thread ends, nobody is left waiting."""
-        with self._changed:
-            self._closing = True
-            left = [*self._inbox, *self._loop.scheduler.waiting, *self._loop.scheduler.rows]
-            self._inbox.clear()
-        for job in left:
-            error = EngineClosedError(f"the engine has failed: {self._failure!r}")
-            error.__cause__ = self._failure
-            self._loop.fail(job, error)
-        self._loop.tell()
-        self._loop.scheduler.waiting.clear()
-        self._loop.scheduler.rows.clear()
-        try:
-            self._loop.batch.end()
-            self._observe()
-        finally:
-            self.fast.take_back()
-            with self._changed:
-                self._changed.notify_all()
 
     # --------------------------------------------------------------------------------------------------------- ends
 
     @property
     def closed(self) -> bool:
         """Whether `submit` is refused: `drain` or `close` was called, or the engine has failed."""
-        return self._closing or self._failure is not None
+        return self._driver.closing or self._driver.failure is not None
 
     @property
     def failure(self) -> BaseException | None:
         """What ended the engine's thread, None while it is well."""
-        return self._failure
+        return self._driver.failure
+
+    @property
+    def _where(self) -> str:
+        return "this process" if self.fast.ranks is None else f"rank {self.fast.ranks.rank}"
+
+    def follow(self) -> None:
+        """On ranks other than 0: take part in rank 0's steps until it closes its engine.
+
+        Raises:
+            InputError: this is rank 0, or one rank alone.
+            LetheError: the engine has failed, on this rank or another.
+        """
+        if self.leads:
+            raise InputError(f"{self._where} has nobody to follow: submit requests here, and close the engine then")
+        self._driver.join()
+        if self._driver.failure is not None:
+            raise self._driver.failure
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests and wait until all have ended; whether they did within `timeout` seconds."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        """Take no more requests and wait until all have ended; whether they did within `timeout` seconds.
+
+        On ranks other than 0: wait until rank 0 has closed its engine.
+        """
+        if self.leads:
+            self._driver.end(abort=False)
+        return self._driver.join(timeout)
 
     def close(self, *, abort: bool = False, timeout: float | None = None) -> None:
         """Drain, or with `abort` (and after `timeout` seconds of draining) cancel what is left; then end the thread and
-        give the model back. May be called twice."""
+        give the model back. May be called twice. On ranks other than 0 an abort is a failure, and ends all ranks."""
         if not abort and self.drain(timeout):
             return
-        with self._changed:
-            self._closing = self._abort = True
-            self._changed.notify_all()
-        self._thread.join()
+        if self.leads:
+            self._driver.end(abort=True)
+        elif not self._driver.over.is_set():
+            self._driver.leave(EngineClosedError(f"{self._where} has left the engine before rank 0 closed it"))
+        self._driver.join()
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.close(abort=kind is not None)
-
-
-def _known(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of `submit` as fields of `SamplingParams`; what is none of these is transformers' own."""
-    own = {name: value for name, value in options.items() if name in SamplingParams.__dataclass_fields__}
-    rest = {name: value for name, value in options.items() if name not in own}
-    return {**own, "options": {**own.get("options", {}), **rest}} if rest else own
+        if kind is None and not self.leads:
+            self.follow()
+        else:
+            self.close(abort=kind is not None)

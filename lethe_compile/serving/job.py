@@ -15,7 +15,8 @@ from torch import Tensor
 from lethe_compile import sampling
 from lethe_compile.errors import InputError
 from lethe_compile.runtime import OptimizedModel
-from lethe_compile.serving.request import Request
+from lethe_compile.serving.lockstep import Arrival
+from lethe_compile.serving.request import FinishReason, Request
 from lethe_compile.serving.sampling import SamplingParams
 from lethe_compile.serving.stats import RequestStats
 
@@ -116,6 +117,8 @@ class Job:
         forced: tokens that it has generated before a preemption, to be fed again rather than chosen; `chosen` says how
             many tokens it has had since its prefill, forced ones included.
         claim: [layers] tokens that each layer may come to hold, None where the policy has no cap.
+        verdict: how it ends, where only this rank's host knows: it does so before the next step, on all ranks alike, and
+            nothing more is delivered until then.
         wants: [layers] tokens that it held when it was preempted, and needs again before it is worth admitting.
     """
 
@@ -132,6 +135,7 @@ class Job:
     claim: NDArray[np.int64] | None = None
     wants: NDArray[np.int64] | None = None
     cancelled: bool = False
+    verdict: tuple[FinishReason, BaseException | None] | None = None
     ended: bool = False
     generator: torch.Generator | None = None
     processors: Any = None
@@ -178,3 +182,12 @@ class Job:
             preemptions=self.preemptions,
             retained_peak=self.retained_peak,
         )
+
+
+def follower(arrival: Arrival) -> Job:
+    """A job of another rank's: who asked, and how its tokens are chosen, is known there."""
+    from transformers import GenerationConfig
+
+    request = Request(f"request {arrival.order} of rank 0", arrival.prompt, SamplingParams(), lambda _: None)
+    terms = Terms(GenerationConfig(do_sample=False), arrival.new_tokens, (), (), (), ())
+    return Job(request, terms, seed=0, order=arrival.order)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,8 @@ from lethe_compile.errors import InputError, LetheError
 from lethe_compile.executor import Executor
 from lethe_compile.runtime import OptimizedModel
 from lethe_compile.serving.batch import Batch
-from lethe_compile.serving.job import Job
+from lethe_compile.serving.job import Job, follower
+from lethe_compile.serving.lockstep import Alone, Turn
 from lethe_compile.serving.request import FinishReason, TokenLogprobs
 from lethe_compile.serving.sampler import Sampler, vectorised
 from lethe_compile.serving.scheduler import Scheduler
@@ -50,9 +52,11 @@ class Loop:
         prunes: bool,
         counters: Counters,
         times: Times,
+        ranks: Alone | None = None,
     ) -> None:
-        self._fast, self.counters, self.times = fast, counters, times
-        self.batch = Batch(fast, executor, max_batch, max_bytes, longest)
+        self.fast, self.counters, self.times = fast, counters, times
+        self._ranks = ranks or Alone()
+        self.batch = Batch(fast, executor, max_batch, max_bytes, longest, self._ranks)
         flush, fail = self.flush, self.fail
         self._overlap = fast.device.type == "cuda"
         self.scheduler = Scheduler(
@@ -70,11 +74,34 @@ class Loop:
         """Whether there is nothing to do until someone submits."""
         return not (self.scheduler.waiting or self.scheduler.rows or self._sent)
 
-    def admit(self) -> None:
-        """Free the rows of cancelled jobs, and give rows to those who wait."""
+    @property
+    def jobs(self) -> list[Job]:
+        """Those under way and those that wait."""
+        return [*self.scheduler.rows, *self.scheduler.waiting]
+
+    def state(self) -> list[int]:
+        """Numbers that are alike on all ranks before a step."""
+        batch = self.batch
+        each = [[job.order for job in self.jobs], batch.fed[: batch.used], batch.until_round[: batch.used]]
+        return [len(self._sent), batch.used, *(int(value) for values in each for value in values)]
+
+    def take(self, turn: Turn) -> None:
+        """New jobs, of which this rank knows no more than all do."""
+        for one in turn.arrivals:
+            job = follower(one)
+            job.claim = self.scheduler.admission.claim(len(one.prompt), one.new_tokens)
+            self.scheduler.waiting.append(job)
+
+    def ending(self) -> list[int]:
+        """Orders of jobs that end before the next step, by what this rank alone knows."""
+        return [job.order for job in self.jobs if job.cancelled or job.verdict is not None]
+
+    def admit(self, ending: Collection[int] | None = None) -> None:
+        """End the jobs of these orders (of `ending` where none are given), and give rows to those who wait."""
         scheduler = self.scheduler
-        for job in [*scheduler.rows, *scheduler.waiting]:
-            if job.cancelled and not job.ended:
+        orders = set(self.ending() if ending is None else ending)
+        for job in self.jobs:
+            if job.order in orders:
                 self.finish(job, "cancelled")
         scheduler.sweep()
         scheduler.admit()
@@ -149,10 +176,10 @@ class Loop:
         """Its text on the device, for processors that read it."""
         if vectorised(job):
             return
-        text = torch.tensor([job.text], device=self._fast.device)
+        text = torch.tensor([job.text], device=self.fast.device)
         job.ids = torch.nn.functional.pad(text, (0, job.prompt + job.terms.new_tokens - text.shape[1]))
         if job.processors is None:
-            job.processors = job.terms.processors_on(text[:, : job.prompt], self._fast.vocab_size)
+            job.processors = job.terms.processors_on(text[:, : job.prompt], self.fast.vocab_size)
 
     # -------------------------------------------------------------------------------------------------------- steps
 
@@ -169,9 +196,10 @@ class Loop:
         at = slice(first, first + len(jobs))
         tokens, sound = self._sampler.choose(logits, jobs)
         for job, error in self._sampler.failed:
-            self.fail(job, error)
+            job.verdict = ("error", error)
         self._sampler.failed.clear()
         stopped = (tokens[:, None] == self._stop_ids()[at]).any(1)
+        tokens, sound, stopped = self._ranks.from_first(tokens, sound, stopped)
         news = [(column, job, not job.forcing) for column, job in enumerate(jobs) if job is not None]
         logprobs = {
             column: _logprobs(logits[column], tokens[column], job.request.params.logprobs)
@@ -203,7 +231,7 @@ class Loop:
             ids = np.full((self.batch.size, max([1, *(len(job.terms.stops) for job in rows)])), -1, np.int64)
             for row, job in enumerate(rows):
                 ids[row, : len(job.terms.stops)] = job.terms.stops
-            self._stops, self.scheduler.changed = sent(ids, self._fast.device), False
+            self._stops, self.scheduler.changed = sent(ids, self.fast.device), False
         return self._stops
 
     # ------------------------------------------------------------------------------------------------ reading back
@@ -234,10 +262,12 @@ class Loop:
             job.first = now
             self.times.ttft.append(now - job.submitted)
         job.last = now
-        logprobs = None if figures is None else _figures(token, figures)
-        job.request._advance(stats=job.stats())
-        job.request._deliver(token, logprobs)
-        if stopped or self._criteria(job):
+        if job.verdict is None:
+            job.request._advance(stats=job.stats())
+            job.request._deliver(token, None if figures is None else _figures(token, figures))
+            if self._criteria(job):
+                job.verdict = ("stop", None)
+        if stopped:
             self.finish(job, "stop")
         elif job.generated == job.terms.new_tokens:
             self.finish(job, "length")
@@ -251,7 +281,11 @@ class Loop:
     # ------------------------------------------------------------------------------------------------------- ends
 
     def finish(self, job: Job, reason: FinishReason) -> None:
-        """Its end, to be told when its row is free."""
+        """Its end, to be told when its row is free; a verdict that this rank has on it goes before the `reason`."""
+        reason, error = job.verdict or (reason, None)
+        if error is not None:
+            self.fail(job, error)
+            return
         now = time.monotonic()
         job.ended = True
         stats = job.stats(now)

@@ -107,7 +107,7 @@ class Sampler:
             warp = self._parameters(drawn)
             self._draw(warp, logits, tokens, sound)
         for row, job in at:
-            if not vectorised(job):
+            if not vectorised(job) and job.verdict is None:
                 self._alone(row, job, logits, tokens, sound)
         forced = [(row, job.forced[job.chosen]) for row, job in enumerate(jobs) if job is not None and job.forcing]
         if forced:

@@ -53,7 +53,8 @@ class Scheduler:
         """Give rows to those who wait, in their order, for as long as there is room."""
         while self.waiting and self.batch.used < self.batch.size:
             job = self.waiting[0]
-            if not self.admission.fits(job, self.rows, self.batch.needs(self._prompts())):
+            fits = self.admission.fits(job, self.rows, self.batch.needs(self._prompts()))
+            if not self.batch.ranks.agreed(fits):
                 return
             job.row = self.batch.join(job.prompt)
             self.rows.append(job)
@@ -157,10 +158,12 @@ class Scheduler:
         try:
             limit = batch.cache.limit(batch.needs(self._prompts()), fixed)
         except OutOfPagesError:
-            return False
-        longest = batch.longest()
+            limit = 0
+        # Another rank's device may have less, and its heads rows that are longer.
+        limit, *others = batch.ranks.fewest(np.array([limit, *-batch.longest()])).tolist()
+        longest = [-least for least in others]
         rows = [row for row in range(batch.used) if batch.live[row] and longest[row] > limit]
-        if limit < floor or not rows:
+        if limit < floor or not rows:  # a floor is 1 at least
             return False
         self._round(rows, limit)
         return True
