@@ -146,7 +146,13 @@ class Ranks:
         return self.least(int(holds)) == 1
 
     def gathered(self, value: Any) -> list[Any]:
-        """Every rank's value, anything that pickles."""
+        """Every rank's value, anything that pickles.
+
+        Raises:
+            LetheError: they work together no more.
+        """
+        if self.broken is not None:
+            raise LetheError(f"the ranks of this model are out of step, since {self.broken}: start the processes anew")
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self._group)
         return found

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def _child(rank: int, size: int, port: int, directory: Path, work: Callable[...,
     result: Any
     try:
         result = work(*args)
-    except Exception as error:  # the test looks at it
+    except Exception as error:  # the test looks at it; where it came from does not pickle
+        traceback.print_exc()
         result = error
     (directory / f"{rank}.pickle").write_bytes(pickle.dumps(result))
     if torch.distributed.is_initialized():

@@ -287,12 +287,6 @@ def test_a_policy_that_couples_rows_is_refused(fast: lethe.OptimizedModel) -> No
         fast.reconfigure(CONFIG)
 
 
-def test_a_tensor_parallel_model_is_refused(fast: lethe.OptimizedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "ranks", object())
-    with pytest.raises(lethe.ConfigError, match="tensor-parallel"):
-        lethe.Engine(fast)
-
-
 # --- ends ----------------------------------------------------------------------------------------------
 
 

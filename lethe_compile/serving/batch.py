@@ -165,7 +165,7 @@ class Batch:
             self.cache.reserve_rows(self.needs(prompts))
         except OutOfPagesError as error:
             failure = error
-        # Whether pages were asked for is alike where lengths are. Whether the device had them differs from rank to rank,
+        # Whether pages were asked for is alike where lengths are. Whether the device had them may differ between ranks,
         # and with it whether tensors were replaced, for which a graph is recorded anew: on all ranks, or on none.
         grown = failure is not None or bool((self.cache.pages_held() != held).any())
         if not self.ranks.alike or grown:

@@ -11,7 +11,7 @@ import torch
 
 from lethe_compile.errors import EngineBusyError, EngineClosedError
 from lethe_compile.serving.job import Job
-from lethe_compile.serving.lockstep import HEARTBEAT, Alone, Arrival, Turn
+from lethe_compile.serving.lockstep import Alone, Arrival, Turn
 from lethe_compile.serving.loop import Loop
 
 _GRACE = 2.0  # seconds that the thread has to notice another rank's failure
@@ -136,9 +136,10 @@ class Driver:
 
     def _next(self) -> Turn:
         loop = self._loop
-        patience = HEARTBEAT if self._ranks.size > 1 else None  # the others learn that this one is there
         with self.changed:
-            self.changed.wait_for(lambda: self._inbox or self.closing or not loop.idle or self.failure, patience)
+            self.changed.wait_for(
+                lambda: self._inbox or self.closing or not loop.idle or self.failure, self._ranks.patience
+            )
             if self.failure is not None:
                 raise self.failure
             fresh = list(self._inbox)

@@ -78,6 +78,6 @@ def merged(params: SamplingParams | None, options: dict[str, Any]) -> SamplingPa
     """`params` with the options of `submit` over them; what is no field of theirs is transformers' own."""
     own = {name: value for name, value in options.items() if name in SamplingParams.__dataclass_fields__}
     rest = {name: value for name, value in options.items() if name not in own}
-    return replace(
-        params or SamplingParams(), **({**own, "options": {**own.get("options", {}), **rest}} if rest else own)
-    )
+    if rest:
+        own["options"] = {**own.get("options", {}), **rest}
+    return replace(params or SamplingParams(), **own)

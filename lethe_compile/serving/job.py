@@ -117,8 +117,8 @@ class Job:
         forced: tokens that it has generated before a preemption, to be fed again rather than chosen; `chosen` says how
             many tokens it has had since its prefill, forced ones included.
         claim: [layers] tokens that each layer may come to hold, None where the policy has no cap.
-        verdict: how it ends, where only this rank's host knows: it does so before the next step, on all ranks alike, and
-            nothing more is delivered until then.
+        verdict: how it ends, where only this rank's host knows: it does so before the next step, on all ranks alike,
+            and nothing more is delivered until then.
         wants: [layers] tokens that it held when it was preempted, and needs again before it is worth admitting.
     """
 

@@ -1,7 +1,7 @@
 """How the engines of several ranks take the same steps: one turn after another, as rank 0 says.
 
-Requests are submitted on rank 0. Before each step it tells the others what is new, and then all run the same loop on the
-same jobs. What a loop decides by is alike on all ranks, or is made so here:
+Requests are submitted on rank 0. Before each step it tells the others what is new, and then all run the same loop on
+the same jobs. What a loop decides by is alike on all ranks, or is made so here:
 
 - the clock, consumers, seeds, logits processors, stop strings and cancellations are rank 0's alone: tokens and ends are
   its word, on the device for tokens, in the next turn for what only its host knows;
@@ -62,9 +62,10 @@ class Turn:
 
 
 class Alone:
-    """One rank: its own word is everyone's."""
+    """One rank: its own word is everyone's; see `Lockstep`."""
 
     leads, alike, size = True, True, 1
+    patience: float | None = None
 
     def everywhere(self, holds: bool) -> bool:
         """Whether it holds on every rank."""
@@ -124,10 +125,12 @@ class Lockstep(Alone):
     Attributes:
         leads: whether this is rank 0.
         alike: whether caches hold the same numbers of tokens on all ranks.
+        patience: seconds after which rank 0 takes a turn though there is nothing to do, so that the others know of it.
     """
 
     def __init__(self, ranks: Ranks, per_head: bool) -> None:
         self.ranks, self.size, self.leads, self.alike = ranks, ranks.size, ranks.rank == 0, not per_head
+        self.patience = HEARTBEAT
         self._group = ranks.host_group()
         self._store = dist.distributed_c10d._get_default_store()
         self._key = f"lethe/{self._group.group_name}/failed"

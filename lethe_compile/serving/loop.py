@@ -82,8 +82,8 @@ class Loop:
     def state(self) -> list[int]:
         """Numbers that are alike on all ranks before a step."""
         batch = self.batch
-        each = [[job.order for job in self.jobs], batch.fed[: batch.used], batch.until_round[: batch.used]]
-        return [len(self._sent), batch.used, *(int(value) for values in each for value in values)]
+        steps = np.concatenate([batch.fed[: batch.used], batch.until_round[: batch.used]])
+        return [len(self._sent), batch.used, *(job.order for job in self.jobs), *steps.tolist()]
 
     def take(self, turn: Turn) -> None:
         """New jobs, of which this rank knows no more than all do."""
