@@ -125,9 +125,9 @@ def test_a_dtype_that_onnx_runtime_lacks_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [
-        (["--set", "max_tokens"], ConfigError, "must be NAME=VALUE"),
+        (["--set", "max_tokens"], InputError, "must be NAME=VALUE"),
         (["--set", "max_token=9"], ConfigError, "the nearest is 'max_tokens'"),
-        (["--config", "nowhere.json"], InputError, "holds no JSON object"),
+        (["--config", "nowhere.json"], InputError, "nowhere.json cannot be read: No such file"),
     ],
 )
 def test_bad_settings_are_refused(flags: list[str], error: type[Exception], message: str, tmp_path: Path) -> None:
