@@ -1,6 +1,6 @@
 """Answers of the published files, which do not come with this project, read and graded; `LETHE_DATA` is their folder.
 
-gsm8k.jsonl, solutions.jsonl   grade_school_math/data/{test,example_model_solutions}.jsonl of openai/grade-school-math
+    gsm8k.jsonl, solutions.jsonl   openai/grade-school-math: grade_school_math/data/{test,example_model_solutions}.jsonl
 math500.jsonl                  the 500 problems of MATH that Lightman et al. took, with `solution`s
 """
 
