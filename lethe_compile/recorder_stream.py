@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lethe_compile.errors import InputError
+from lethe_compile.files import read_text
 from lethe_compile.keep_sets import KeepSets
 from lethe_compile.ledger import Counts
 from lethe_compile.recorder import Eviction, Floats, Recorder, Sample
@@ -98,10 +99,7 @@ def load_recorder(path: str | Path) -> Recorder:
         InputError: the file cannot be read, is no recording, or a line is broken: names it. A last line that was cut
             short is left out.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the recording {path} cannot be read: {error}") from error
+    text = read_text(path)
     lines = text[: text.rfind("\n") + 1].splitlines()
     recorder = None
     for number, line in enumerate(lines, 1):

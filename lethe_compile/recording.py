@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from lethe_compile.errors import InputError
+from lethe_compile.files import read_json
 from lethe_compile.policies.base import NEVER
 from lethe_compile.recorder import Recorder, Sample
 
@@ -167,12 +168,7 @@ def read_recording(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file cannot be read, or is no recording; says what is wrong.
     """
-    try:
-        recording = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no recording: it is not JSON ({error})") from error
+    recording = read_json(path, "a recording")
     check_recording(recording, str(path))
     return dict(recording)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lethe_compile.errors import InputError
+from lethe_compile.files import read_json
 from lethe_compile.settings import read_toml
 from lethe_compile.tools._devices import check_device, default_device
 
@@ -77,7 +77,7 @@ def read_options(namespace: argparse.Namespace) -> Options:
 
 
 def _read_sweep(path: Path) -> Mapping[str, Any]:
-    values = _read_json(path) if path.suffix == ".json" else read_toml(path)
+    values = read_json(path, "a sweep") if path.suffix == ".json" else read_toml(path)
     known = {field.name for field in fields(Options)} - {"out", "no_plots"}
     for name in values:
         if name not in known:
@@ -85,12 +85,3 @@ def _read_sweep(path: Path) -> Mapping[str, Any]:
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise InputError(f"{path}: a sweep has no {name!r}: it may say {', '.join(sorted(known))}{hint}")
     return dict(values)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # says line and column
-        raise InputError(f"{path}: {error}") from error

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from lethe_compile.config import LetheConfig
 from lethe_compile.errors import InputError
+from lethe_compile.files import read_json
 from lethe_compile.policies import policy_names
 
 
@@ -44,6 +46,18 @@ def options_of(given: Iterable[str], flag: str = "--policy-option") -> Mapping[s
             raise InputError(f"{flag} {name} is given twice")
         options[name] = _value(value)
     return options
+
+
+def read_config(path: Path | None) -> dict[str, Any]:
+    """Settings of `LetheConfig` from the JSON file of `--config`; none without one.
+
+    Raises:
+        InputError: the file cannot be read, or holds no JSON object.
+    """
+    values = {} if path is None else read_json(path, "a file of settings")
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is not a file of settings: it holds a {type(values).__name__}, not a JSON object")
+    return values
 
 
 def budget(text: str) -> int | float | str:

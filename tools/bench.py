@@ -20,6 +20,7 @@ from rich.console import Console
 
 from lethe_compile.distributed import init
 from lethe_compile.errors import InputError
+from lethe_compile.files import read_json
 from lethe_compile.tools import (
     _bench_bar,
     _bench_compile,
@@ -189,7 +190,7 @@ def _start(options: Options, arguments: Sequence[str]) -> Row:
         "bar": [],
     }
     if options.update and options.json is not None and options.json.exists():
-        before = json.loads(options.json.read_text())
+        before = read_json(options.json, "a run of lethe bench")
         if before.get("format") != FORMAT:
             raise InputError(f"{options.json} is of another format; write to a new file")
         result["sections"] = before["sections"]

@@ -16,10 +16,9 @@ from lethe_compile.api import optimize
 from lethe_compile.artifact.manifest import Manifest, total_bytes
 from lethe_compile.artifact.tokens import TOKENIZER
 from lethe_compile.config import LetheConfig, parse_bytes
-from lethe_compile.errors import ConfigError, InputError
 from lethe_compile.exporters import FORMATS, export
 from lethe_compile.exporters.tensorrt_build import EngineOptions
-from lethe_compile.tools import _models
+from lethe_compile.tools import _models, _policies
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -103,21 +102,8 @@ def _memory(text: str) -> int:
 
 
 def _config(options: argparse.Namespace) -> LetheConfig:
-    values: dict[str, Any] = {}
-    if options.config is not None:
-        try:
-            values.update(json.loads(options.config.read_text()))
-        except (OSError, ValueError) as error:
-            raise InputError(f"--config {options.config} holds no JSON object of settings: {error}") from error
-    for one in options.set:
-        name, equals, text = one.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {one!r} is not allowed: must be NAME=VALUE, such as max_tokens=1024")
-        try:
-            values[name] = json.loads(text)
-        except json.JSONDecodeError:
-            values[name] = text
-    return LetheConfig.from_dict(values)
+    given = _policies.options_of(options.set, "--set")
+    return LetheConfig.from_dict({**_policies.read_config(options.config), **given})
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from lethe_compile.config import LetheConfig
 from lethe_compile.errors import InputError
+from lethe_compile.files import read_json
 from lethe_compile.tools import _models, _policies
 
 _REASONER_TOKENS = (2000, 2600)  # of the reference trace of the problem that the reasoner gets
@@ -79,12 +79,7 @@ def _json(path: Path | None, what: str, keys: Sequence[str]) -> Any:
     """
     if path is None:
         return None
-    try:
-        read = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not {what}: it is not JSON ({error})") from error
+    read = read_json(path, what)
     if not isinstance(read, dict) or (missing := [key for key in keys if key not in read]):
         lacks = f"it lacks {', '.join(missing)}" if isinstance(read, dict) else f"it is a {type(read).__name__}"
         raise InputError(f"{path} is not {what}: {lacks}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import ipaddress
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import lethe_compile as lethe
 from lethe_compile.config import LetheConfig, parse_bytes
 from lethe_compile.errors import InputError, MissingPackageError
+from lethe_compile.files import read_text
 from lethe_compile.serving import Engine
 from lethe_compile.tools import _models, _policies
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = str(error.name)
         message = f"lethe serve needs the package {name!r}: pip install 'lethe-compile[serve]'"
         raise MissingPackageError(message, name) from error
-    template = None if options.chat_template is None else _text(options.chat_template)
+    template = None if options.chat_template is None else read_text(options.chat_template)
     keys = _keys(options)
     listener = server.listen(options.host, options.port)  # before minutes of loading
     host, port = listener.getsockname()[:2]
@@ -105,27 +105,13 @@ def build_engine(options: argparse.Namespace) -> Engine:
 
 
 def _config(options: argparse.Namespace) -> LetheConfig:
-    values: dict[str, Any] = {} if options.config is None else _json(options.config)
+    values = _policies.read_config(options.config)
     for name in ("policy", "max_tokens", "budget"):
         if getattr(options, name) is not None:
             values[name] = getattr(options, name)
     if given := _policies.options_of(options.policy_option):
         values["policy_options"] = given
     return LetheConfig.from_dict(values)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(_text(file)))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"--config {file} holds no JSON object of settings: {error}") from error
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from error
 
 
 def _keys(options: argparse.Namespace) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lethe_compile.comparison.answers import Answer, TextAnswers
 from lethe_compile.errors import InputError
 from lethe_compile.evaluation.problems import Grader, Problem, Task
+from lethe_compile.files import read_lines
 
 MAX_NEW_TOKENS = 256
 _SHOWN = 60  # characters of a prompt in tables
@@ -50,17 +51,10 @@ def read_prompts(path: str | Path, tokenizer: Any = None, max_new_tokens: int = 
     Raises:
         InputError: the file cannot be read or is empty, or a line is not as described: names file and line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"the prompts file {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"the prompts file {path} is not UTF-8 text: {error}") from error
     cases = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where, name = f"{path}:{number}", f"{Path(path).name}:{number}"
-            cases.append(make_case(_parse(line, where), where, tokenizer, max_new_tokens, name))
+    for number, line in read_lines(path):
+        where, name = f"{path}:{number}", f"{Path(path).name}:{number}"
+        cases.append(make_case(_parse(line, where), where, tokenizer, max_new_tokens, name))
     if not cases:
         raise InputError(f'{path} has no prompts: one JSON object a line, such as {{"prompt": "2 + 2 ="}}')
     return cases

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lethe_compile.errors import InputError
+from lethe_compile.files import read_json
 
 FULL = "full"
 _SETTING = re.compile(r"\s+\w+=\S+")
@@ -25,12 +25,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file cannot be read, or holds no sweep; says which, and why.
     """
-    try:
-        read = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no sweep: it is not JSON ({error})") from error
+    read = read_json(path, "a sweep")
     try:
         points = _points(read)
     except (KeyError, TypeError, AttributeError) as error:

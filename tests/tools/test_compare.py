@@ -123,7 +123,7 @@ def test_the_report_gets_the_worst_prompt(lethe: Lethe, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--prompts", "none.jsonl"], "the prompts file none.jsonl cannot be read: No such file or directory"),
+        (["--prompts", "none.jsonl"], "none.jsonl cannot be read: No such file or directory"),
         (["--prompts", "bad.jsonl"], "bad.jsonl:3: not JSON"),
         (["--prompts", "empty.jsonl"], "empty.jsonl has no prompts"),
         (["--prompts", "text.jsonl"], "text.jsonl:1: 'prompt' is text, and there is no tokenizer"),

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 from lethe_compile.errors import InputError
 from lethe_compile.evaluation import Grade, Problem
+from lethe_compile.files import read_lines
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -55,9 +56,7 @@ class _MathFile:
 
     def _lines(self) -> list[tuple[int, Mapping[str, Any]]]:
         found = []
-        for number, text in enumerate(Path(self.file).read_text(encoding="utf-8").splitlines(), 1):
-            if not text.strip():
-                continue
+        for number, text in read_lines(self.file):
             try:
                 line = json.loads(text)
             except ValueError as error:
