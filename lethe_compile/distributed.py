@@ -29,6 +29,17 @@ TIMEOUT = timedelta(minutes=10)
 """After so long without another rank's answer, torch.distributed raises on a CPU, and ends the process on a GPU."""
 
 
+def started() -> bool:
+    """Whether torchrun started this process among several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def leave() -> None:
+    """Leave the processes that `init` joined, at the end of a program; nothing where there are none."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def init(size: int | None = None, *, timeout: timedelta = TIMEOUT) -> DeviceMesh:
     """Join the processes that torchrun started, and return their mesh, ``[size]``, of one dimension "tp".
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lethe_compile as lethe
 from lethe_compile import distributed, memory
-from lethe_compile.errors import ConfigError, InputError, LetheError, OutOfPagesError
+from lethe_compile.errors import ConfigError, EngineClosedError, InputError, LetheError, OutOfPagesError
 from lethe_compile.models.tiny import tiny
 from lethe_compile.serving import lockstep
 from lethe_compile.serving.loop import Loop
@@ -211,7 +211,7 @@ def failing(kind: str) -> tuple[Any, ...]:
         else:
             with pytest.raises(KeyboardInterrupt), engine:
                 raise KeyboardInterrupt
-    with pytest.raises(LetheError) as caught:
+    with pytest.raises(EngineClosedError) as caught:
         request.result(SECONDS) if request is not None else engine.follow()
     engine.close()
     seconds = time.monotonic() - begun

@@ -8,7 +8,6 @@ that measures alone.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lethe_compile.api import optimize
-from lethe_compile.distributed import Ranks, init
+from lethe_compile.distributed import Ranks, init, started
 from lethe_compile.errors import InputError
 from lethe_compile.passes.placement import Placement
 from lethe_compile.runtime import OptimizedModel
@@ -36,11 +35,6 @@ _NEW_TOKENS = 256  # generated for real
 TIMEOUT = timedelta(minutes=6)  # for a rank whose row broke off to be missed; one alone compiles within it
 
 Made = Callable[[], OptimizedModel]
-
-
-def started() -> bool:
-    """Whether torchrun started this process among several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def run(bench: Bench) -> list[Row]:

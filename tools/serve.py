@@ -1,4 +1,9 @@
-"""`lethe serve`: an OpenAI-compatible HTTP service of one model, by one process or by replicas on Ray."""
+"""`lethe serve`: an OpenAI-compatible HTTP service of one model, by one process, by ranks or by replicas on Ray.
+
+    torchrun --nproc-per-node 2 -m lethe_compile serve MODEL
+
+splits the model over the ranks that torchrun starts. Rank 0 serves and prints, the others follow it.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,14 @@ import argparse
 import functools
 import ipaddress
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lethe_compile as lethe
+from lethe_compile import distributed
 from lethe_compile.config import LetheConfig, parse_bytes
 from lethe_compile.errors import InputError, MissingPackageError
 from lethe_compile.files import read_text
@@ -19,16 +26,38 @@ from lethe_compile.serving import Engine
 from lethe_compile.tools import _models, _policies
 
 KEYS = "LETHE_API_KEY"
+_DRAIN, _DRAIN_RANKS = 30.0, 20.0  # seconds; torchrun kills its processes 30 s after SIGTERM, unless told otherwise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM, then drain."""
     options = _arguments(argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    ranks = distributed.started()
+    if options.drain_timeout is None:
+        options.drain_timeout = _DRAIN_RANKS if ranks else _DRAIN
+    if ranks and options.ray:
         raise InputError(
-            "lethe serve runs in one process: its engine does not split a model over ranks. Start it without torchrun,"
-            " and for more devices with --ray and one replica for each"
+            "--ray starts processes of its own, one engine in each, and torchrun's ranks are one engine together: start"
+            " lethe serve with --ray and without torchrun, or with torchrun and without --ray"
         )
+    if ranks and os.environ["RANK"] != "0":
+        return _follow(options)
+    status = _serve(options)
+    distributed.leave()
+    return status
+
+
+def _follow(options: argparse.Namespace) -> int:
+    """Take part in rank 0's steps, until it has drained: torchrun sends SIGTERM to all, and only rank 0 heeds it."""
+    with build_engine(options) as engine:
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, signal.SIG_IGN)
+        engine.follow()
+    distributed.leave()
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
     try:
         from lethe_compile.serving import api, prompts, server
     except ImportError as error:
@@ -86,13 +115,19 @@ def build_engine(options: argparse.Namespace) -> Engine:
     """The engine that the command line describes; called where it is to run."""
     import torch
 
-    say = functools.partial(print, file=sys.stderr, flush=True)
+    mesh = distributed.init() if distributed.started() else None
+
+    def say(text: str) -> None:
+        if mesh is None or mesh.get_local_rank() == 0:
+            print(text, file=sys.stderr, flush=True)
+
     say(f"loading {options.model}")
     model = _models.load_model(options.model)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device) if options.dtype is None else model.to(device, getattr(torch, options.dtype))
     say("optimizing")
-    fast = lethe.optimize(model, _config(options), backend=options.backend)
+    fast = lethe.optimize(model, _config(options), backend=options.backend, tp=mesh)
+    del model  # a rank has its own part of the weights: the whole makes room for the cache
     return Engine(
         fast,
         max_batch=options.max_batch,
@@ -167,7 +202,13 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
     add("--tokenizer", metavar="MODEL", help="of another model or directory")
     add("--max-body", type=_positive, default=4 << 20, metavar="BYTES", help="of a request (default 4 MiB)")
     add("--stall-timeout", type=float, default=60.0, metavar="S", help="most wait for a reader of a stream (60)")
-    add("--drain-timeout", type=float, default=30.0, metavar="S", help="for what runs at SIGTERM (30)")
+    add(
+        "--drain-timeout",
+        type=float,
+        metavar="S",
+        help=f"for what runs at SIGTERM ({_DRAIN:.0f}; under torchrun, which kills 30 s after SIGTERM unless its"
+        f" --shutdown-timeout says more, {_DRAIN_RANKS:.0f})",
+    )
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:

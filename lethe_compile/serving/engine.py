@@ -240,13 +240,13 @@ class Engine:
 
         Raises:
             InputError: this is rank 0, or one rank alone.
-            LetheError: the engine has failed, on this rank or another.
+            EngineClosedError: the engine has failed, here or on the rank that it names; the cause is attached.
         """
         if self.leads:
             raise InputError(f"{self._where} has nobody to follow: submit requests here, and close the engine then")
         self._driver.join()
-        if self._driver.failure is not None:
-            raise self._driver.failure
+        if self.failure is not None:
+            raise EngineClosedError(f"the engine has failed: {self.failure!r}") from self.failure
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests and wait until all have ended; whether they did within `timeout` seconds.

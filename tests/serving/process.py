@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,9 +23,10 @@ KEY = "sesame"
 class Service:
     """A process that serves the reasoner."""
 
-    def __init__(self, *options: str) -> None:
-        command = [sys.executable, "-m", "lethe_compile", "serve", "reasoner", "--port", "0", *options]
+    def __init__(self, *options: str, program: Sequence[str] = ("-m", "lethe_compile", "serve")) -> None:
+        command = [sys.executable, *program, "reasoner", "--port", "0", *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "LETHE_API_KEY": KEY}
+        environment["PYTHONPATH"] = str(ROOT)  # this checkout, also for a script in tools/
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -75,9 +76,9 @@ def _labelled(line: str) -> tuple[str, str, str]:
 
 
 @contextmanager
-def served(*options: str) -> Iterator[Service]:
+def served(*options: str, program: Sequence[str] = ("-m", "lethe_compile", "serve")) -> Iterator[Service]:
     """Such a process, ended afterwards whatever happened."""
-    service = Service(*options)
+    service = Service(*options, program=program)
     try:
         yield service
     finally:

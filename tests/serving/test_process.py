@@ -81,10 +81,36 @@ def wait_for(condition: object) -> None:
         time.sleep(0.05)
 
 
-def test_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="does not split a model over ranks"):
-        serve.main(["reasoner"])
+def test_replicas_of_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(InputError, match="--ray and without torchrun, or with torchrun and without --ray"):
+        serve.main(["reasoner", "--ray"])
+
+
+@pytest.mark.slow
+def test_two_ranks_serve_and_drain() -> None:
+    """torchrun sends SIGTERM to both, while rank 0 has a text to finish."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tools/serve.py")
+    with served("--max-batch", "4", program=torchrun) as service:
+        client = service.client()
+        options = {"model": "reasoner", "prompt": PROMPT, "extra_body": {"ignore_eos": True}}
+        whole = client.completions.create(**options, max_tokens=200, temperature=0).choices[0].text
+        again = client.completions.create(**options, max_tokens=200, temperature=0, stream=True)
+        assert "".join(event.choices[0].text for event in again) == whole
+        assert storm(service, 24, 6) == 24
+
+        events = iter(client.completions.create(**options, max_tokens=200, temperature=0, stream=True))
+        text = next(events).choices[0].text
+        service.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: service.http(key=None).get("/health").status_code == 503)
+        for event in events:
+            text += event.choices[0].text
+        assert text == whole
+        service.process.wait(60)
+        log = "".join(service.log)
+        assert "lethe serve: error" not in log and log.count("loading reasoner") == 1
+        assert log.count("finishing 1 calls") == 1
 
 
 def test_an_address_that_is_taken_is_refused_before_the_model_is_loaded() -> None:
