@@ -123,15 +123,21 @@ class Unrecorded(DecodeGraph):
         return self._step(state)
 
 
-@pytest.fixture
-def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def imitate_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages from anywhere, steps of bucketed sizes, and tokens that are read only behind the next step's launch."""
     monkeypatch.setattr(serving_batch, "DecodeGraph", Unrecorded)
     made, new_cache = Loop.__init__, lethe.OptimizedModel.new_cache
 
     def scattered(fast: lethe.OptimizedModel) -> KVCache:
         cache = new_cache(fast)
-        return KVCache(fast._geometries(), page_size=cache.page_size, dtype=fast.dtype, device="cpu", contiguous=False)
+        return KVCache(
+            fast._geometries(),
+            page_size=cache.page_size,
+            dtype=fast.dtype,
+            device="cpu",
+            contiguous=False,
+            keep_sets=fast.keep_sets,
+        )
 
     def overlapping(loop: Loop, fast: lethe.OptimizedModel, *args: Any, **options: Any) -> None:
         made(loop, fast, *args, **options)
@@ -140,6 +146,11 @@ def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(lethe.OptimizedModel, "new_cache", scattered)
     monkeypatch.setattr(Loop, "__init__", overlapping)
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    imitate_a_gpu(monkeypatch)
 
 
 @pytest.mark.parametrize(("policy", "prunes"), [("full", True), ("lethe", False)])

@@ -18,10 +18,14 @@ from lethe_compile.models.tiny import tiny
 from lethe_compile.serving import lockstep
 from lethe_compile.serving.loop import Loop
 from tests.ranks import run_ranks
+from tests.test_serving_properties import imitate_a_gpu
 
-CONFIG = lethe.LetheConfig(sparse_ratio=5.0, prune_threshold=16, prune_interval=4, page_size=4)
-CAPPED = lethe.LetheConfig(sparse_ratio=5.0, prune_threshold=16, prune_interval=4, page_size=4, max_tokens=24)
-FULL = lethe.LetheConfig(policy="full", prune_interval=4, page_size=4)
+COMMON: dict[str, Any] = {"prune_interval": 4, "page_size": 4}
+CONFIG = lethe.LetheConfig(sparse_ratio=5.0, prune_threshold=16, **COMMON)
+POLICIES = {name: lethe.LetheConfig(policy=name, max_tokens=24, **COMMON) for name in ("h2o", "rkv", "snapkv")} | {
+    "lethe": CONFIG,
+    "capped": lethe.LetheConfig(sparse_ratio=5.0, prune_threshold=16, max_tokens=24, **COMMON),
+}
 LENGTHS = ((1, 30), (9, 45), (25, 20), (14, 1), (30, 40), (24, 40), (11, 40))  # tokens of prompt, and new ones
 GREEDY: dict[str, Any] = {"do_sample": False, "ignore_eos": True}
 SECONDS = 120.0
@@ -32,7 +36,7 @@ def prompt(tokens: int) -> list[int]:
 
 
 def small(**overrides: Any) -> Any:
-    return tiny("llama", num_hidden_layers=2, **overrides)
+    return tiny("llama", num_hidden_layers=1, **overrides)
 
 
 def optimized(config: lethe.LetheConfig = CONFIG, name: str = "llama", **options: Any) -> lethe.OptimizedModel:
@@ -60,7 +64,10 @@ def mixed(engine: lethe.Engine) -> dict[str, Any]:
         "penalties": {**GREEDY, "repetition_penalty": 1.3},
         "own": {**GREEDY, "logits_processor": [Doubled()]},
     }
-    made = [(name, engine.submit(prompt(n), max_new_tokens=new, **kinds[name])) for n, new in LENGTHS for name in kinds]
+    asked = [
+        (name, n, new) for at, (n, new) in enumerate(LENGTHS) for name in kinds if name == "greedy" or at in (1, 4)
+    ]
+    made = [(name, engine.submit(prompt(n), max_new_tokens=new, **kinds[name])) for name, n, new in asked]
     return {f"{at} {name}": request.result(SECONDS).tokens for at, (name, request) in enumerate(made)}
 
 
@@ -188,6 +195,50 @@ def test_two_ranks_serve_as_one(tmp_path: Path) -> None:
     assert first["aborted"] == ["cancelled"] * 3
 
 
+# --- policies, architectures, and how steps run on a GPU ------------------------------------------------------
+
+
+def served(name: str, pruning: str, like_a_gpu: bool = False) -> dict[str, Any]:
+    """Tokens of a full pool, and of one with room for two requests, where rows are preempted."""
+    with pytest.MonkeyPatch.context() as patch:
+        fast = optimized(POLICIES[pruning], name)
+        if like_a_gpu:
+            imitate_a_gpu(patch)
+        with lethe.Engine(fast, max_batch=5, prefill_chunk=8) as engine:
+            roomy = some(engine) if engine.leads else None
+        room = memory_of(fast, 60) * 2
+        with lethe.Engine(fast, max_batch=5, kv_memory=room, prefill_chunk=8, under_pressure="preempt") as engine:
+            tight = some(engine) if engine.leads else None
+            if like_a_gpu:
+                assert engine._loop._overlap and engine._loop.batch._graphs
+        return {"roomy": roomy, "tight": tight, "stats": engine.stats()}
+
+
+CASES = [
+    ("qwen3", "lethe", False),
+    ("llama", "capped", False),
+    ("llama", "h2o", False),  # KV heads keep tokens of their own: ranks hold unlike numbers
+    ("llama", "rkv", False),  # looks at the keys of all heads
+    ("llama", "snapkv", False),  # counts the newest queries alone
+    ("gpt_bigcode", "lethe", False),  # both ranks hold its one KV head
+    ("gemma2", "lethe", True),
+    ("llama", "h2o", True),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "pruning", "like_a_gpu"), CASES)
+def test_policies_and_architectures(name: str, pruning: str, like_a_gpu: bool, tmp_path: Path) -> None:
+    first, second = run_ranks(served, tmp_path, name, pruning, like_a_gpu)
+    assert not isinstance(first, Exception), first
+    assert not isinstance(second, Exception), second
+    fast = lethe.optimize(small() if name == "llama" else tiny(name), POLICIES[pruning], verified=False)
+    with lethe.Engine(fast, max_batch=5, prefill_chunk=8) as engine:
+        right = some(engine)
+    assert first["roomy"] == right and first["tight"] == right
+    assert first["stats"].preemptions == second["stats"].preemptions
+
+
 # --- failures ---------------------------------------------------------------------------------------------------
 
 
@@ -198,8 +249,6 @@ def failing(kind: str) -> tuple[Any, ...]:
     second = fast.ranks.rank == 1
     engine, begun = lethe.Engine(fast), time.monotonic()
     request = engine.submit(prompt(5), max_new_tokens=400, **GREEDY) if engine.leads else None
-    if request is not None and kind != "idle":
-        next(iter(request))
     if second:
         while kind != "idle" and not engine.stats().running and engine.failure is None:
             time.sleep(0.01)
