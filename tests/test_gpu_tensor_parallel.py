@@ -14,6 +14,7 @@ from lethe_compile.models import reasoner
 from lethe_compile.models.tiny import tiny
 from tests.oracle import PRUNING
 from tests.ranks import run_ranks
+from tests.test_serving_ranks import memory_of, some
 from tests.test_tensor_parallel import GREEDY, assert_as_one, prompts
 
 pytestmark = [
@@ -81,3 +82,25 @@ def test_two_gpus_write_the_tokens_of_one(name: str, backend: str, tmp_path: Pat
 def test_ranks_draw_the_same_tokens(tmp_path: Path) -> None:
     first, second = run_ranks(half_precision, tmp_path)
     assert not isinstance(first, Exception) and first == second
+
+
+def engine(backend: str) -> tuple[Any, ...]:
+    """More requests than rows, in a pool that is allocated at once, with and without pressure."""
+    mesh = distributed.init()
+    device = torch.device("cuda", torch.cuda.current_device())
+    fast = lethe.optimize(build("llama", device), PRUNING["lethe"], tp=mesh, backend=backend)
+    found = []
+    for room in (1 << 24, memory_of(fast, 60) * 2):
+        with lethe.Engine(fast, max_batch=4, kv_memory=room, prefill_chunk=16, under_pressure="preempt") as serving:
+            found.append(some(serving) if serving.leads else None)
+    return (*found, serving.stats().preemptions)
+
+
+@pytest.mark.parametrize("backend", ["auto", "inductor", "eager"])
+def test_an_engine_on_two_gpus_writes_the_tokens_of_one(backend: str, tmp_path: Path) -> None:
+    fast = lethe.optimize(build("llama", torch.device("cuda")), PRUNING["lethe"], verified=False)
+    with lethe.Engine(fast, max_batch=4, kv_memory=1 << 24, prefill_chunk=16) as serving:
+        right = some(serving)
+    first, second = run_ranks(engine, tmp_path, backend)
+    assert not isinstance(first, Exception) and not isinstance(second, Exception), (first, second)
+    assert first[:2] == (right, right) and first[2] == second[2] > 0

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from lethe_compile.distributed import init
+from lethe_compile.distributed import init, started
 from lethe_compile.errors import InputError
 from lethe_compile.files import read_json
 from lethe_compile.tools import (
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     options = _options(namespace)
     console, progress = Console(), _progress
-    if "tensor-parallel" in options.only and _bench_parallel.started():
+    if "tensor-parallel" in options.only and started():
         init(timeout=_bench_parallel.TIMEOUT)  # each rank has a device of its own from here on
         if dist.get_rank() > 0:  # rank 0 tells
             console, options, progress = Console(quiet=True), replace(options, json=None), _silent

@@ -21,7 +21,8 @@ from lethe_compile.runtime import OptimizedModel
 from lethe_compile.serving.batch import Batch
 from lethe_compile.serving.job import Job, follower
 from lethe_compile.serving.lockstep import Alone, Turn
-from lethe_compile.serving.request import FinishReason, TokenLogprobs
+from lethe_compile.serving.logprobs import Figures, figures_of, logprobs_of
+from lethe_compile.serving.request import FinishReason
 from lethe_compile.serving.sampler import Sampler, vectorised
 from lethe_compile.serving.scheduler import Scheduler
 from lethe_compile.serving.stats import Counters, RequestStats, Times
@@ -34,7 +35,7 @@ class Sent:
 
     jobs: list[tuple[int, Job, bool]]  # column, job, and whether its token is news
     packed: Fetched  # [3, B]: tokens, whether scores were sound, whether a stop token came
-    logprobs: dict[int, tuple[Tensor, Tensor, Tensor]]  # by column: of the token, of the likeliest, and which these are
+    logprobs: dict[int, Figures]  # by column
 
 
 class Loop:
@@ -202,7 +203,7 @@ class Loop:
         tokens, sound, stopped = self._ranks.from_first(tokens, sound, stopped)
         news = [(column, job, not job.forcing) for column, job in enumerate(jobs) if job is not None]
         logprobs = {
-            column: _logprobs(logits[column], tokens[column], job.request.params.logprobs)
+            column: logprobs_of(logits[column], tokens[column], job.request.params.logprobs)
             for column, job, new in news
             if new and job.request.params.logprobs is not None
         }
@@ -249,9 +250,7 @@ class Loop:
                     figures = step.logprobs.get(column)
                     self._deliver(job, tokens[column], bool(sound[column]), bool(stopped[column]), figures)
 
-    def _deliver(
-        self, job: Job, token: int, sound: bool, stopped: bool, figures: tuple[Tensor, Tensor, Tensor] | None
-    ) -> None:
+    def _deliver(self, job: Job, token: int, sound: bool, stopped: bool, figures: Figures | None) -> None:
         if not sound:
             self.fail(job, _broken(job))
             return
@@ -264,7 +263,7 @@ class Loop:
         job.last = now
         if job.verdict is None:
             job.request._advance(stats=job.stats())
-            job.request._deliver(token, None if figures is None else _figures(token, figures))
+            job.request._deliver(token, None if figures is None else figures_of(token, figures))
             if self._criteria(job):
                 job.verdict = ("stop", None)
         if stopped:
@@ -304,17 +303,6 @@ class Loop:
             job.ended = True
             self.counters.failed += 1
             self._ended.append((job, "error", job.stats(time.monotonic()), error))
-
-
-def _logprobs(logits: Tensor, token: Tensor, count: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    figures = logits.log_softmax(dim=-1)
-    top = figures.topk(count or 0)
-    return figures[token], top.values, top.indices
-
-
-def _figures(token: int, figures: tuple[Tensor, Tensor, Tensor]) -> TokenLogprobs:
-    own, values, indices = figures
-    return TokenLogprobs(token, float(own), tuple(zip(indices.tolist(), values.tolist(), strict=True)))
 
 
 def _broken(job: Job) -> LetheError:
