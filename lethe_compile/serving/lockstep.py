@@ -195,6 +195,7 @@ class Lockstep(Alone):
             rank, text = json.loads(self._store.compare_set(self._key, "", json.dumps([self.ranks.rank, what])))
         except RuntimeError:  # the store went with the process that kept it: nobody is left to be told
             rank, text = self.ranks.rank, what
+        self._done.set()
         self.ranks.abort(f"rank {rank} failed: {text}")
         return error if rank == self.ranks.rank else self._failed(rank, text, error)
 
