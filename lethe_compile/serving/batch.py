@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lethe_compile.cache import Compaction, Rows
-from lethe_compile.executor import DecodeGraph, Executor
+from lethe_compile.executor import DecodeGraph, Executor, bucket
 from lethe_compile.ledger import Counts
-from lethe_compile.policies.base import RoundState
-from lethe_compile.runtime import OptimizedModel, bucket
+from lethe_compile.rounds import round_state
+from lethe_compile.runtime import OptimizedModel
 from lethe_compile.serving.row_policy import RowPolicy
 from lethe_compile.states import States
 from lethe_compile.transfers import sent
@@ -253,16 +253,7 @@ class Batch:
         rows = self.rows(sequences)
         which = sent(np.asarray(sequences, np.int64), self.device)
         of = (self._prompts[which], self.next_position[which], self.active[which])
-        prompts, following, active = map(self.fast.keep_sets.spread, of)
-        state = RoundState(
-            *self.cache.scores(rows),
-            self.fast.windows,
-            prompts,
-            following,
-            active,
-            key_source=lambda layer: self.cache.keys(layer, rows),
-            heads=self._heads,
-        )
+        state = round_state(self.fast.compiled, self.policy.policy, self.cache, *of, rows)
         least = None if limit is None else torch.full_like(state.length, limit)
         self._rounds.append((sequences, self.cache.compact_later(self.policy.round(rows, state, least), rows)))
         if limit is None:
