@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lethe_compile.cache import Geometry, KVCache
+from lethe_compile.cache import KVCache
 from lethe_compile.distributed import Ranks
 from lethe_compile.errors import ConfigError
 from lethe_compile.executor import DecodeGraph, Executor, bucket
 from lethe_compile.keep_sets import KeepSets
 from lethe_compile.passes.program import Program
 from lethe_compile.policies.base import Policy
+from lethe_compile.pool import Geometry
 from lethe_compile.states import States
 
 
