@@ -20,8 +20,8 @@ from lethe_compile.inspection import GraphFacts
 from lethe_compile.memory import check_kv_memory
 from lethe_compile.passes import pipeline
 from lethe_compile.passes.base import run_pipeline
-from lethe_compile.passes.cutter import Fetch, fetch_part
 from lethe_compile.passes.limits import max_positions, vocab_size
+from lethe_compile.passes.parts import Fetch, fetch_part
 from lethe_compile.passes.tensor_parallel import TensorParallel
 from lethe_compile.policies import make_policy
 from lethe_compile.runtime import OptimizedModel

@@ -6,51 +6,27 @@ mixes what different ranks hold, these are gathered before it: a collective is n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from operator import getitem
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
-import torch.distributed._functional_collectives
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from lethe_compile.passes.base import Note, refuse
 from lethe_compile.passes.check import fake_mode_of, shapes_alone
+from lethe_compile.passes.parts import Parts, Share, collective
 from lethe_compile.passes.placement import Placement, Samples, Uncuttable, Value, placement_after
-from lethe_compile.passes.program import Program, attribute, is_call, is_symbolic, same_sizes, shape_of
-from lethe_compile.passes.reading import call, sizes_of
+from lethe_compile.passes.program import Program, is_call, is_symbolic, same_sizes
+from lethe_compile.passes.reading import call
 from lethe_compile.passes.split_plan import Plan, Product, product_of
 
 aten = torch.ops.aten
-collective = torch.ops._c10d_functional
-
-Fetch = Callable[[str, Tensor, Placement, int], Tensor]
-"""(name of a weight, the weight, how it is held, rank) -> the rank's part, a tensor of its own.
-
-A function of one's own is asked for every weight, also those of which every rank holds all."""
 
 _RESHAPES = (aten.reshape, aten.view, aten._unsafe_view, aten.expand)
 _SPLITS = (aten.split, aten.split_with_sizes, aten.chunk)
-
-
-def fetch_part(name: str, weight: Tensor, placement: Placement, rank: int) -> Tensor:
-    """A rank's part of a weight that lies in memory as a whole."""
-    return placement.cut(weight.detach(), rank).clone()
-
-
-class Share(Protocol):
-    """Whose part a program is cut to: `rank` of `ranks`, which talk in `group`; see `TensorParallel`."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def ranks(self) -> int: ...
-    @property
-    def group(self) -> str: ...
-    @property
-    def fetch(self) -> Fetch: ...
 
 
 class Cutter:
@@ -61,16 +37,20 @@ class Cutter:
         self._rank, self._ranks = options.rank, options.ranks
         self._was = {node: node.meta.get("val") for node in self._graph.nodes}
         self._samples = Samples(program)
+        self._parts = Parts(options, program)
         self._placed: dict[fx.Node, Value] = {}
         self._gathered: dict[fx.Node, fx.Node] = {}
-        self._cut: dict[tuple[fx.Node, tuple[int, int, int]], fx.Node] = {}
         self._known: dict[Any, Value | Uncuttable] = {}
         self._unfit: Exception | None = None  # the last that `_compute` met
         self.sites = list(program.sites)
         self._site_of = {site.node: site.layer for site in self.sites}
         self.notes: list[Note] = []
         self.whole: list[tuple[str, int | None, str]] = [(node.name, layer, why) for node, layer, why in plan.whole]
-        self.split: set[str] = set()
+
+    @property
+    def split(self) -> set[str]:
+        """Names of the weights of which something is cut."""
+        return self._parts.split
 
     def run(self) -> None:
         for node in list(self._graph.nodes):
@@ -78,20 +58,7 @@ class Cutter:
                 self._whole_operands(node)
             elif node.op == "call_function":
                 self._step(node)
-        if self._options.fetch is not fetch_part:
-            self._fetch_whole()
-
-    def _fetch_whole(self) -> None:
-        """Weights that stay whole, where the model itself has none: from `fetch` too."""
-        module = self._program.module
-        for node in list(self._graph.find_nodes(op="get_attr")):
-            weight = attribute(module, str(node.target))
-            if node.users and isinstance(weight, nn.Parameter) and weight.dim():
-                whole = Placement.blocks(0, weight.shape[0], self._ranks, parts=1)
-                part = self._options.fetch(str(node.target), weight, whole, self._rank)
-                stored = f"tp_whole_{str(node.target).replace('.', '_')}"
-                module.register_buffer(stored, part, persistent=False)
-                node.target = stored
+        self._parts.fetch_whole()
 
     def _step(self, node: fx.Node) -> None:
         product = product_of(node)
@@ -119,11 +86,11 @@ class Cutter:
 
     def _by_columns(self, node: fx.Node, product: Product, columns: Placement) -> None:
         self._whole_operands(node)
-        weight = self._weight(product, replace(columns, dim=product.columns))
+        weight = self._parts.weight(product, replace(columns, dim=product.columns))
         args = list(node.args)
         args[product.places[1]] = weight
         if product.bias is not None:
-            args[cast("int", product.places[2])] = self._part(product.bias, replace(columns, dim=0))
+            args[cast("int", product.places[2])] = self._parts.part(product.bias, replace(columns, dim=0))
         if not self._commit(node, node.target, tuple(args), {}, columns):
             raise AssertionError(f"{node.name}: a product by columns has another shape") from self._unfit
         self.notes.append(Note(node.name, f"{product.weight.target} by columns", None))
@@ -132,7 +99,7 @@ class Cutter:
         if not held.divides:  # what two ranks hold would count twice
             self._follow_whole(node)
             return
-        weight = self._weight(product, replace(held, dim=product.rows))
+        weight = self._parts.weight(product, replace(held, dim=product.rows))
         operand = node.args[product.places[0]]
         others = [a for i, a in enumerate(node.args) if i not in (*product.places, None)]
         target = aten.mm.default if is_call(node, aten.addmm) else node.target
@@ -151,16 +118,6 @@ class Cutter:
             user.replace_input_with(node, total)
         self._was[total] = node.meta["val"]
         self.notes.append(Note(node.name, f"{product.weight.target} by rows, reduced", None))
-
-    def _weight(self, product: Product, placement: Placement) -> fx.Node:
-        part = self._part(product.weight, placement)
-        if not product.turned:
-            return part
-        key = (part, (-1, -1, -1))
-        if key not in self._cut:
-            with self._graph.inserting_after(part):
-                self._cut[key] = call(aten.transpose.int, (part, -2, -1), self._program)
-        return self._cut[key]
 
     # ------------------------------------------------------------------------------------------------------- attention
 
@@ -192,7 +149,7 @@ class Cutter:
         held = self._placed.get(node)
         if isinstance(held, Placement) and held.key == wanted.key:
             return node
-        return self._part(self._gather(node), wanted)
+        return self._parts.part(self._gather(node), wanted)
 
     # -------------------------------------------------------------------------------------------------- what follows
 
@@ -269,7 +226,7 @@ class Cutter:
             return operand
         if shape[-behind] != held.size or held.size == 1 or (is_call(node, aten.matmul, aten.bmm) and behind < 3):
             return operand
-        return self._part(operand, replace(held, dim=len(shape) - behind))
+        return self._parts.part(operand, replace(held, dim=len(shape) - behind))
 
     def _follow_common(self, node: fx.Node) -> bool:
         """A call that picks from a cut value what every rank holds."""
@@ -350,53 +307,6 @@ class Cutter:
         node.meta["val"] = value
         node.meta.pop("lethe_operands", None)
 
-    def _part(self, node: fx.Node, placement: Placement) -> fx.Node:
-        """A rank's part of a value that it has as a whole: of a weight, stored alone; else cut out when it is made."""
-        key = (node, placement.key)
-        if key not in self._cut:
-            self._cut[key] = self._stored(node, placement) if node.op == "get_attr" else self._sliced(node, placement)
-        return self._cut[key]
-
-    def _stored(self, node: fx.Node, placement: Placement) -> fx.Node:
-        module, name = self._program.module, str(node.target)
-        weight = attribute(module, name)
-        # Of a table that stays in use as a whole, as a tied embedding, the rows are no second copy.
-        tied = placement.dim == 0 and any(is_call(user, aten.embedding) for user in node.users)
-        tied = tied and self._options.fetch is fetch_part
-        own = placement.of(self._rank)
-        if tied and isinstance(own, tuple):
-            part = weight.detach().narrow(0, own[0], own[1] - own[0])
-        else:
-            part = self._options.fetch(name, weight, placement, self._rank)
-        stored = f"tp_{len(self._cut)}_{name.replace('.', '_')}"
-        module.register_buffer(stored, part, persistent=False)
-        self.split.add(name)
-        with self._graph.inserting_after(node):
-            made = self._graph.get_attr(stored)
-        with fake_mode_of(self._program) as mode:
-            made.meta["val"] = mode.from_tensor(part, static_shapes=True)
-        return made
-
-    def _sliced(self, node: fx.Node, placement: Placement) -> fx.Node:
-        own = placement.of(self._rank)
-        with self._graph.inserting_after(node):
-            if isinstance(own, tuple):
-                return call(aten.slice.Tensor, (node, placement.dim, *own), self._program)
-            index = self._index(own)
-        with self._graph.inserting_after(node):
-            return call(aten.index_select.default, (node, placement.dim, index), self._program)
-
-    def _index(self, values: Tensor) -> fx.Node:
-        """Indices as a buffer of the graph."""
-        name = f"tp_index_{len(self._cut)}_{len(self._gathered)}"
-        values = values.to(self._program.device)
-        self._program.module.register_buffer(name, values, persistent=False)
-        with self._graph.inserting_before(next(iter(self._graph.nodes))):
-            node = self._graph.get_attr(name)
-        with fake_mode_of(self._program) as mode:
-            node.meta["val"] = mode.from_tensor(values, static_shapes=True)
-        return node
-
     def _gather(self, node: fx.Node) -> fx.Node:
         """The whole of a value that ranks hold in parts."""
         held = self._placed.get(node)
@@ -404,27 +314,8 @@ class Cutter:
             return node
         assert isinstance(held, Placement), "lists are taken apart first"
         if node not in self._gathered:
-            self._gathered[node] = self._all_gather(node, held)
+            self._gathered[node] = self._parts.all_gather(node, held)
         return self._gathered[node]
-
-    def _all_gather(self, node: fx.Node, held: Placement) -> fx.Node:
-        shape, ranks = list(shape_of(node)), self._ranks
-        program, after = self._program, node.next
-        with self._graph.inserting_before(after):
-            dense = call(aten.contiguous.default, (node,), program)
-            parts = call(collective.all_gather_into_tensor.default, (dense, ranks, self._options.group), program)
-            parts = call(collective.wait_tensor.default, (parts,), program)  # [ranks * first, …]
-            parts = call(aten.reshape.default, (parts, [ranks, *sizes_of(program, tuple(shape))]), program)
-            order = [*range(1, held.dim + 1), 0, *range(held.dim + 1, len(shape) + 1)]
-            parts = call(aten.permute.default, (parts, order), program)
-            shape[held.dim] = held.each * ranks
-            whole = call(aten.reshape.default, (parts, sizes_of(program, tuple(shape))), program)
-            stored = [i for own in held.index for i in own]
-            found = {i: place for place, i in reversed(list(enumerate(stored)))}  # the first of those that are alike
-            places = [found[i] for i in range(held.size)]
-            if places != list(range(len(stored))):
-                whole = call(aten.index_select.default, (whole, held.dim, self._index(torch.tensor(places))), program)
-        return whole
 
 
 class _Recorded(Mapping[fx.Node, Any]):

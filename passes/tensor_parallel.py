@@ -17,7 +17,8 @@ import torch.distributed._functional_collectives
 from torch import fx
 
 from lethe_compile.passes.base import Note, PassResult, refuse
-from lethe_compile.passes.cutter import Cutter, Fetch, fetch_part
+from lethe_compile.passes.cutter import Cutter
+from lethe_compile.passes.parts import Fetch, fetch_part
 from lethe_compile.passes.program import (
     Program,
     Site,

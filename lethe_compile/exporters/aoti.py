@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ _ON_CPU = {
 }
 _LOAD = """
 import json, sys, torch
-print(json.dumps(torch._inductor.aoti_load_package(sys.argv[1]).get_constant_fqns()))
+for package in sys.argv[1:]:
+    print(json.dumps(torch._inductor.aoti_load_package(package).get_constant_fqns()), flush=True)
 """
 _ON_CUDA = {"aot_inductor.package_constants_in_so": False}  # programs share what their runner hands them
 
@@ -75,11 +76,12 @@ def kernel_programs(fast: OptimizedModel) -> list[ExportableProgram]:
 def _write_kernels(fast: OptimizedModel, directory: Path, progress: Callable[[str], None]) -> dict[str, ProgramSpec]:
     from safetensors.torch import save_file
 
-    programs: dict[str, ProgramSpec] = {}
+    programs = kernel_programs(fast)
+    compiled = [_compile(program, directory, _ON_CUDA, progress) for program in programs]
     weights: dict[str, Tensor] = {}
-    for program in kernel_programs(fast):
-        programs[program.name], exported = _compile(program, directory, _ON_CUDA, progress)
-        for name in _constants_of(directory / programs[program.name].file):
+    names = _constants_of([directory / spec.file for spec, _ in compiled])
+    for program, (_, exported), wanted in zip(programs, compiled, names, strict=True):
+        for name in wanted:
             if name in exported.state_dict:
                 weights[name] = exported.state_dict[name]
             else:
@@ -87,23 +89,25 @@ def _write_kernels(fast: OptimizedModel, directory: Path, progress: Callable[[st
     progress(f"writing {WEIGHTS}")
     on_host = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     save_file(on_host, directory / WEIGHTS)
-    return programs
+    return {program.name: spec for program, (spec, _) in zip(programs, compiled, strict=True)}
 
 
-def _constants_of(package: Path) -> list[str]:
-    """Names of the weights that a package asks for, told by a process of its own: one that does not load may crash it.
+def _constants_of(packages: Sequence[Path]) -> list[list[str]]:
+    """Names of the weights that each asks for, told by a process of its own: one that does not load may crash it.
 
     Raises:
-        LetheError: it does not load.
+        LetheError: one does not load; names it.
     """
-    done = subprocess.run([sys.executable, "-c", _LOAD, str(package)], capture_output=True, text=True, check=False)
-    if done.returncode:
+    command = [sys.executable, "-c", _LOAD, *map(str, packages)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    told: list[list[str]] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    if done.returncode or len(told) < len(packages):
         last = done.stderr.strip().splitlines()[-1:] or ["without a word"]
         raise LetheError(
-            f"{package.name}, as torch {torch.__version__} compiled it, does not load: the process that tried it ended"
-            f" with {done.returncode}: {last[0]}"
+            f"{packages[len(told)].name}, as torch {torch.__version__} compiled it, does not load: the process that"
+            f" tried it ended with {done.returncode}: {last[0]}"
         )
-    return list(json.loads(done.stdout.splitlines()[-1]))
+    return told
 
 
 def _compile(

@@ -161,10 +161,10 @@ def test_what_a_compiler_lacks_is_told(
     ("script", "message"),
     [
         (
-            "import os; os.kill(os.getpid(), 11)",
-            r"step.pt2, as torch .* does not load: .* ended with -11: without a word",
+            "import os; print('[]', flush=True); os.kill(os.getpid(), 11)",
+            r"decode.pt2, as torch .* does not load: .* ended with -11: without a word",
         ),
-        ("raise OSError('no such kernel')", r"ended with 1: OSError: no such kernel"),
+        ("raise OSError('no such kernel')", r"step.pt2, .* ended with 1: OSError: no such kernel"),
     ],
     ids=["crash", "error"],
 )
@@ -173,9 +173,11 @@ def test_a_package_that_does_not_load_ends_its_own_process_alone(
 ) -> None:
     monkeypatch.setattr(aoti, "_LOAD", script)
     with pytest.raises(LetheError, match=message):
-        aoti._constants_of(tmp_path / "step.pt2")
+        aoti._constants_of([tmp_path / "step.pt2", tmp_path / "decode.pt2"])
 
 
-def test_constants_of_a_package_are_told_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aoti, "_LOAD", "import json, sys; print('noise'); print(json.dumps([sys.argv[1], 'w']))")
-    assert aoti._constants_of(tmp_path / "step.pt2") == [str(tmp_path / "step.pt2"), "w"]
+def test_constants_of_packages_are_told_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import json, sys\nfor one in sys.argv[1:]: print('noise'); print(json.dumps([one, 'w']))"
+    monkeypatch.setattr(aoti, "_LOAD", script)
+    packages = [tmp_path / "step.pt2", tmp_path / "decode.pt2"]
+    assert aoti._constants_of(packages) == [[str(one), "w"] for one in packages]

@@ -16,8 +16,8 @@ from lethe_compile.models.tiny import tiny
 from lethe_compile.passes import pipeline
 from lethe_compile.passes.base import PassResult, run_pipeline
 from lethe_compile.passes.check import check
-from lethe_compile.passes.cutter import collective
 from lethe_compile.passes.evaluate import sample_inputs
+from lethe_compile.passes.parts import collective
 from lethe_compile.passes.placement import Placement
 from lethe_compile.passes.program import Program, attribute
 from lethe_compile.passes.tensor_parallel import TensorParallel
