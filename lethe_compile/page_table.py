@@ -34,6 +34,7 @@ class PageTable:
         same = bool(self._shown) and all(map(is_, layouts, self._shown))
         if same and width <= self.tensor.shape[2]:
             return
+        self._shown = []  # until all of it is said
         width = max(1, width, *(layout.table.shape[1] for layout in layouts))
         shape = (self._layers, rows)
         if self.tensor.shape[:2] != shape or self.tensor.shape[2] < width:
