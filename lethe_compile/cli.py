@@ -30,7 +30,7 @@ COMMANDS = {
     "bench": Command("bench", "measure kernels, decode steps, generations and memory, side by side with others"),
     "export": Command("export", "write a model, pruning included, for ONNX Runtime, TensorRT or torch.export"),
     "run": Command("run", "execute what `lethe export` wrote"),
-    "serve": Command("serve", "serve a model over HTTP as OpenAI's API, by one process or by replicas on Ray"),
+    "serve": Command("serve", "serve a model over HTTP as OpenAI's API: one process, ranks, or replicas on Ray"),
     "evaluate": Command("evaluate", "compare policies on tasks: accuracy against KV bytes, with intervals"),
     "compare": Command("compare", "check for CI: a pruned graph or an artifact beside the unpruned graph, with limits"),
     "report": Command("report", "write an HTML report of a generation, a sweep, a comparison and a graph"),

@@ -15,6 +15,7 @@ from lethe_compile.passes.outline import Outline, Span, narrowed, outline
 from lethe_compile.passes.program import CACHED_OP, Program, attribute, shape_of
 
 BACKENDS = ("auto", "eager", "inductor", "cudagraphs")
+_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 
 
 def choose_backend(
@@ -201,6 +202,11 @@ def _at(value: Tensor, dim: int, column: Tensor) -> Tensor:
     shape[0] = column.shape[0]
     index = column.view(shape).expand(*(n if d != dim else 1 for d, n in enumerate(value.shape)))
     return value.gather(dim, index)
+
+
+def bucket(rows: int) -> int:
+    """The size of a captured graph that serves so many rows."""
+    return next(size for size in (*_BUCKETS, -(-rows // _BUCKETS[-1]) * _BUCKETS[-1]) if size >= rows)
 
 
 class DecodeGraph:

@@ -11,7 +11,7 @@ from transformers import StoppingCriteriaList
 from transformers.cache_utils import Cache
 
 from lethe_compile.errors import InputError
-from lethe_compile.prompt import check_ids
+from lethe_compile.prompt import check_ids, right_pad
 
 if TYPE_CHECKING:
     from lethe_compile.past import Past
@@ -130,7 +130,7 @@ class LetheCache(Cache):
 
     def _prefill(self, ids: Tensor, mask: Tensor, position_ids: Tensor | None, whole: bool) -> Tensor:
         model = self._model
-        lengths, order = model._right_pad(ids, mask)
+        lengths, order = right_pad(ids, mask, model.vocab_size, model.max_positions, model.device)
         if bool((lengths == 0).any()):
             row = int((lengths == 0).nonzero()[0])
             raise InputError(f"row {row}: attention_mask hides all {ids.shape[1]} tokens of the first call")

@@ -31,6 +31,10 @@ class KeepSets:
         """[sequences * heads] of what is said of sequences, on the host."""
         return np.repeat(values.astype(np.int64), self.heads)
 
+    def fetched(self, values: Tensor) -> Counts:
+        """`repeat` of what lies on a device, which is waited for."""
+        return self.repeat(values.cpu().numpy())
+
     def one(self, values: NDArray[Any]) -> Counts:
         """[sequences] of values [sequences * heads] that are the same for all heads."""
         return values[:: self.heads].astype(np.int64)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -227,26 +225,3 @@ class Pool:
         for at in range(0, source.size, step):
             index = torch.from_numpy(np.stack([source[at : at + step], target[at : at + step]])).to(old.device)
             new.index_copy_(dim, index[1].long(), old.index_select(dim, index[0]))
-
-
-class Staging:
-    """A host buffer through which a tensor is sent to the device without waiting for it; pinned for a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._pinned = device.type == "cuda"
-        self._buffer = torch.empty(0, dtype=torch.int32)
-        self._sent: torch.cuda.Event | None = None
-
-    @contextmanager
-    def fill(self, target: Tensor) -> Iterator[Pages]:
-        """A zeroed array of the shape of `target`, int32, to be filled; it is sent when the context ends."""
-        if self._sent is not None:
-            self._sent.synchronize()  # the buffer is read until then; it seldom still is
-        if self._buffer.shape != target.shape:
-            self._buffer = torch.empty(target.shape, dtype=torch.int32, pin_memory=self._pinned)
-        array = self._buffer.zero_().numpy()
-        yield array
-        target.copy_(self._buffer, non_blocking=True)
-        if self._pinned:
-            self._sent = torch.cuda.Event()
-            self._sent.record(torch.cuda.current_stream(target.device))

@@ -117,6 +117,23 @@ def _check_padding(mask: Tensor, inferred: bool) -> None:
         )
 
 
+def right_pad(
+    ids: Tensor, mask: Tensor | None, vocab_size: int, max_positions: int | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Of rows that are padded anywhere: their tokens [rows], and columns [rows, T] in an order that has these first.
+
+    Raises:
+        InputError: ids `[rows, T]`, or a mask, that the model cannot read.
+    """
+    ids = check_ids(ids, vocab_size, device)
+    if max_positions is not None and ids.shape[1] > max_positions:
+        raise InputError(f"{ids.shape[1]} tokens are more than the model's {max_positions} positions")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if real.shape != ids.shape:
+        raise InputError(f"attention_mask must be {list(ids.shape)} as input_ids, not {list(real.shape)}")
+    return real.sum(1), real.int().argsort(dim=1, descending=True, stable=True)
+
+
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     here, there = tensor.device, device
     if here.type != there.type or (None not in (here.index, there.index) and here.index != there.index):

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
-from lethe_compile.cache import Geometry
 from lethe_compile.config import LetheConfig
 from lethe_compile.kernels.recurrent.call import StatefulCall
 from lethe_compile.passes.base import PassRecord
 from lethe_compile.passes.program import Site
+from lethe_compile.pool import Geometry
 from lethe_compile.printing import Printable, bytes_text, ranges, styled, table_of
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from lethe_compile import pool
-from lethe_compile.cache import Geometry, KVCache
+from lethe_compile.cache import KVCache
 from lethe_compile.errors import ConfigError, InputError, OutOfPagesError
+from lethe_compile.pool import Geometry
 
 WIDE, NARROW = Geometry(2, 3, 5), Geometry(1, 4, 2)
 SLOT_BYTES = 4 + 4  # position and mass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -52,7 +53,7 @@ def prompts(rows: int = 3, tokens: int = 12) -> Tensor:
 
 
 def least_bytes(fast: lethe.OptimizedModel, rows: int, prompt: int, new_tokens: int) -> int:
-    least = fast.policy.least_tokens(np.full(rows, prompt), new_tokens, fast._windows)
+    least = fast.policy.least_tokens(np.full(rows, prompt), new_tokens, fast.windows)
     return fast.cache.bytes_for(least)
 
 
@@ -115,7 +116,7 @@ def test_what_cannot_fit_is_refused_before_work(policy: str) -> None:
 def test_rows_that_only_fill_a_bucket_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured graphs serve a few batch sizes; admission is about the sequences that there are."""
     fast = lethe.optimize(tiny("llama"), CONFIG, policy="full", verified=False)
-    monkeypatch.setattr(fast, "_bucket", lambda rows: 8)
+    monkeypatch.setattr(fast.compiled, "bucket", lambda rows: 8)
     fast.kv_memory = least_bytes(fast, 3, 12, 60)
     fast.begin(3, torch.full((3,), 12), 60)
     assert fast.cache.rows == 8 and fast.cache.pool_bytes <= fast.kv_memory
@@ -203,7 +204,7 @@ def test_a_device_without_memory_for_more_makes_rounds_prune_harder(
 def scattered(fast: lethe.OptimizedModel, config: lethe.LetheConfig) -> KVCache:
     """A cache laid out as on a GPU."""
     options = {"page_size": config.page_size_on("cpu"), "dtype": torch.float32, "device": "cpu"}
-    return KVCache(fast._geometries(), **options, contiguous=False, keep_sets=fast._keep_sets)
+    return KVCache(fast.compiled.geometries, **options, contiguous=False, keep_sets=fast.keep_sets)
 
 
 class Driven:
@@ -213,7 +214,8 @@ class Driven:
         self.fast, self.generator = fast, torch.Generator().manual_seed(seed)
         fast.config, fast.policy, fast.page_size = config, make_policy(config), config.page_size_on("cpu")
         fast.cache = fast.new_cache() if contiguous else scattered(fast, config)
-        fast._run = self.run  # type: ignore[method-assign]
+        fast.compiled = copy.copy(fast.compiled)
+        fast.compiled.run = self.run  # type: ignore[method-assign]
 
     def run(
         self,
@@ -229,7 +231,7 @@ class Driven:
         state, sets = cache.inputs(), cache.keep_sets
         positions, new_lengths = sets.spread(positions), sets.spread(new_lengths)
         rows, steps = positions.shape
-        for layer, geometry in enumerate(self.fast._geometries()):
+        for layer, geometry in enumerate(self.fast.compiled.geometries):
             g = cache.pool_of_layer[layer]
             k, v, position, mass = (
                 state[f"{name}_{g}"] for name in ("k_pages", "v_pages", "slot_position", "slot_mass")
@@ -307,8 +309,8 @@ def test_what_was_admitted_never_runs_out_of_pages(
     try:
         driven = Driven(model, config, contiguous, seed=len(lengths))
         assert model.cache.page_size == page
-        rows = model._keep_sets.repeat(np.array(lengths))
-        least = model.policy.least_tokens(rows, new_tokens, model._windows)
+        rows = model.keep_sets.repeat(np.array(lengths))
+        least = model.policy.least_tokens(rows, new_tokens, model.windows)
         model.kv_memory = model.cache.bytes_for(least) + slack
         driven.generate(torch.tensor(lengths), new_tokens, last)
         assert model.cache.bytes_in_use == 0

@@ -110,7 +110,7 @@ def test_emptied_pages_of_one_head_serve_others_under_pressure() -> None:
     """Pages for a third of the tokens: rounds prune harder, and evict what they say they evict."""
     model, fast = of("llama")
     lengths = prompts()["attention_mask"].sum(1).numpy()
-    least = fast.policy.least_tokens(np.repeat(lengths, 2), NEW, fast._windows)
+    least = fast.policy.least_tokens(np.repeat(lengths, 2), NEW, fast.windows)
     assert least.shape == (3, 6)
     fast.kv_memory = need = fast.cache.bytes_for(least)
     assert_replay_agrees(model, fast)

@@ -58,7 +58,7 @@ def test_caps_hold_and_rows_do_as_they_do_alone(llama: Optimize, name: str) -> N
     ids, mask = ragged()
     out = fast.generate(ids, attention_mask=mask, max_new_tokens=40, **GREEDY)
     stats = fast.cache_stats()
-    pages = -(-24 // 4) * fast._token_bytes[0, 0] * fast.page_size  # of a layer and set that holds 24 tokens
+    pages = -(-24 // 4) * fast.compiled.row_bytes[0, 0] * fast.page_size  # of a layer and set that holds 24 tokens
     if config.max_tokens is not None:
         assert max(map(max, stats.retained)) <= config.max_tokens
         pages *= 1 if stats.heads is None else len(stats.heads[0][0])

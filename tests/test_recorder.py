@@ -50,7 +50,7 @@ def test_usage_is_what_the_cache_held_at_each_step(fast: OptimizedModel) -> None
     with fast.recorded() as recorder:
         tokens, pages = generate(fast)
     assert fast.recorder is None
-    token_bytes = fast._token_bytes
+    token_bytes = fast.compiled.row_bytes
     kv, pool = (tokens * token_bytes).sum(1), (pages * token_bytes * fast.page_size).sum(1)  # [steps, rows]
     usage = recorder.usage()
     np.testing.assert_allclose(usage.kv_mean, np.nanmean(kv, 0))
@@ -192,7 +192,7 @@ def test_a_long_recording_takes_no_more_memory(tmp_path: Path) -> None:
 def test_a_round_gathers_scores_once(fast: OptimizedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     gathered = []
     scores = KVCache.scores
-    monkeypatch.setattr(KVCache, "scores", lambda cache: gathered.append(1) or scores(cache))
+    monkeypatch.setattr(KVCache, "scores", lambda *given: gathered.append(1) or scores(*given))
     with fast.recorded() as recorder:
         generate(fast)
     assert len(gathered) == len(recorder.samples)

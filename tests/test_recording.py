@@ -15,6 +15,7 @@ import lethe_compile as lethe
 from lethe_compile.errors import InputError
 from lethe_compile.models.tiny import tiny
 from lethe_compile.recording import cut, make_recording, read_recording, words_of, write_recording
+from lethe_compile.rounds import Rounds
 from lethe_compile.runtime import OptimizedModel
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3, 4, 5, 6]]
@@ -29,27 +30,27 @@ def fast() -> OptimizedModel:
 class Spy:
     """Reads the positions that the cache holds, after every round."""
 
-    def __init__(self, fast: OptimizedModel) -> None:
-        self.fast, self.held = fast, list[np.ndarray]()
+    def __init__(self) -> None:
+        self.held = list[np.ndarray]()
 
     def __enter__(self) -> Spy:
-        self._round = self.fast._round
+        self._run = run = Rounds.run
 
-        def spied(active: torch.Tensor) -> None:
-            self._round(active)
-            self.held.append(self.fast.cache.scores()[1].numpy().copy())  # [L, R, N]
+        def spied(rounds: Rounds, active: torch.Tensor) -> None:
+            run(rounds, active)
+            self.held.append(rounds._cache.scores()[1].numpy().copy())  # [L, R, N]
 
-        self.fast._round = spied  # type: ignore[method-assign]
+        Rounds.run = spied  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.fast._round = self._round  # type: ignore[method-assign]
+        Rounds.run = self._run  # type: ignore[method-assign]
 
 
 def record(fast: OptimizedModel, new: int = 40) -> tuple[dict[str, Any], list[np.ndarray]]:
     ids = torch.tensor([PROMPTS[0], [0, 0, 0, *PROMPTS[1]]])
     mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
-    with fast.recorded(tokens=True) as recorder, Spy(fast) as spy:
+    with fast.recorded(tokens=True) as recorder, Spy() as spy:
         out = fast.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
     generated = out[:, ids.shape[1] :].tolist()
     return make_recording(fast, recorder, PROMPTS, generated, words_of(None), model="tiny"), spy.held

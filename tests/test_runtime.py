@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import lethe_compile as lethe
+from lethe_compile.listeners import Round
 from lethe_compile.models.tiny import tiny
-from lethe_compile.runtime import Round
 
 CONFIG = lethe.LetheConfig(
     sparse_ratio=1.5, decay=0.9, prune_threshold=20, prune_interval=5, page_size=4, protect_prompt=False

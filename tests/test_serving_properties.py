@@ -76,7 +76,7 @@ def make_loop(fast: lethe.OptimizedModel, room: float, *, rows: int, chunk: int,
     largest = fast.policy.least_tokens(np.array([len(PROMPTS[-1])]), LONGEST, fast.windows)
     return Loop(
         fast,
-        fast._executor,
+        fast.compiled.executor,
         max_batch=rows,
         max_bytes=int(fast.new_cache().bytes_for(largest) * room),
         longest=8,
@@ -131,7 +131,7 @@ def imitate_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def scattered(fast: lethe.OptimizedModel) -> KVCache:
         cache = new_cache(fast)
         return KVCache(
-            fast._geometries(),
+            fast.compiled.geometries,
             page_size=cache.page_size,
             dtype=fast.dtype,
             device="cpu",
@@ -141,7 +141,7 @@ def imitate_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def overlapping(loop: Loop, fast: lethe.OptimizedModel, *args: Any, **options: Any) -> None:
         made(loop, fast, *args, **options)
-        monkeypatch.setattr(fast, "backend", ("cudagraphs", "for a test"))
+        monkeypatch.setattr(fast.compiled, "backend", ("cudagraphs", "for a test"))
         loop._overlap = True
 
     monkeypatch.setattr(lethe.OptimizedModel, "new_cache", scattered)

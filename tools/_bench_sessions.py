@@ -154,8 +154,8 @@ def fill_cache(fast: OptimizedModel, rows: int, retained: int, seen: int) -> Non
         elif name.startswith("slot_mass"):
             tensor.uniform_(0, 1e-3)
     _write_positions(fast, rows, positions)
-    fast._next_position[:rows] = seen
-    fast._ledger.prefill(np.where(tokens > 0, seen, 0), cache.pages_held())
+    fast.session.next_position[:rows] = seen
+    fast.session.ledger.prefill(np.where(tokens > 0, seen, 0), cache.pages_held())
 
 
 def _write_positions(fast: OptimizedModel, rows: int, positions: Tensor) -> None:

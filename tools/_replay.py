@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lethe_compile.capture.softmaxes import AttentionHook
-from lethe_compile.runtime import Round
+from lethe_compile.listeners import Round
 
 
 class Evictions:

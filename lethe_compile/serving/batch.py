@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lethe_compile.cache import Compaction, Rows
 from lethe_compile.errors import OutOfPagesError
-from lethe_compile.executor import DecodeGraph, Executor
+from lethe_compile.executor import DecodeGraph, Executor, bucket
 from lethe_compile.ledger import Counts
-from lethe_compile.policies.base import RoundState
-from lethe_compile.runtime import OptimizedModel, bucket
+from lethe_compile.rounds import round_state
+from lethe_compile.runtime import OptimizedModel
 from lethe_compile.serving.lockstep import Alone
 from lethe_compile.serving.row_policy import RowPolicy
 from lethe_compile.states import States
@@ -76,7 +76,7 @@ class Batch:
         self.live: NDArray[np.bool_] = np.zeros(size, np.bool_)
         self._graphs: dict[int, DecodeGraph] = {}
         self._before = 0  # captures of graphs that are forgotten
-        self._recorded = self.cache.generation  # that `_graphs` are of, where several ranks record them
+        self._recorded = self.cache.generation  # when ranks last looked whether tensors were replaced
         self._rounds: list[tuple[list[int], Compaction]] = []  # whose outcome is on its way
 
     def warm_up(self) -> None:
@@ -169,11 +169,12 @@ class Batch:
         # and with it whether tensors were replaced, for which a graph is recorded anew: on all ranks, or on none.
         grown = failure is not None or bool((self.cache.pages_held() != held).any())
         if not self.ranks.alike or grown:
-            granted, newest = self.ranks.fewest(np.array([failure is None, -self.cache.generation])).tolist()
-            if self.ranks.size > 1 and -newest != self._recorded:
-                self._before += self.captures
+            same = self.cache.generation == self._recorded
+            granted, same = self.ranks.fewest(np.array([failure is None, same], np.int64)).tolist()
+            if self.ranks.size > 1 and not same:
+                self._before = self.captures
                 self._graphs.clear()
-                self.cache.generation = self._recorded = -newest
+            self._recorded = self.cache.generation
             if not granted:
                 self.cache.give_back(held)
                 raise failure or OutOfPagesError("another rank has no room for the next steps")
@@ -279,20 +280,7 @@ class Batch:
         rows = self.rows(sequences)
         which = sent(np.asarray(sequences, np.int64), self.device)
         of = (self._prompts[which], self.next_position[which], self.active[which])
-        prompts, following, active = map(self.fast.keep_sets.spread, of)
-        mass, position, length = self.cache.scores(rows)
-        policy = self.policy.policy
-        state = RoundState(
-            self.fast.scores_of_all(mass, policy),
-            position,
-            length,
-            self.fast.windows,
-            prompts,
-            following,
-            active,
-            key_source=lambda layer: self.fast.keys_of_all(layer, self.cache.keys(layer, rows), policy),
-            heads=self._heads,
-        )
+        state = round_state(self.fast.compiled, self.policy.policy, self.cache, *of, rows)
         least = None if limit is None else torch.full_like(state.length, limit)
         self._rounds.append((sequences, self.cache.compact_later(self.policy.round(rows, state, least), rows)))
         if limit is None:

@@ -129,7 +129,7 @@ def test_a_filled_cache_is_where_a_generation_would_be() -> None:
         tokens = torch.zeros(2, dtype=torch.int64)
         for _ in range(66):
             tokens = session.step(tokens)
-        assert fast._next_position.tolist() == [166, 166]
+        assert fast.session.next_position.tolist() == [166, 166]
         assert session.retained() <= 64 and session.kv_bytes() > 0
     fast.generate(torch.ones(1, 4, dtype=torch.int64), max_new_tokens=2)  # it is free for the next
 
