@@ -71,7 +71,7 @@ def optimize(
             `optimize` with the same arguments, and afterwards every method of the result that computes, alike. The
             weights that a rank splits are copies of its part: drop the model to free the whole.
         fetch: with `tp`, how a rank gets its part of a weight, where that is no copy of a part; see
-            `passes.cutter.Fetch`. Verification then needs a `model` with the same weights.
+            `passes.parts.Fetch`. Verification then needs a `model` with the same weights.
 
     Raises:
         UnsupportedGraphError: the model cannot be captured, or something in its graph cannot be rewritten safely;

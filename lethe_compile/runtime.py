@@ -372,6 +372,7 @@ class OptimizedModel(nn.Module):
             generation_config=self.generation_config,
             hf_config=self.hf_config,
             backend=self.backend,
+            ranks=self.ranks,
             executor=self.compiled.executor,
         )
         twin.restart_at, twin.captured = self.restart_at, self.captured

@@ -94,7 +94,7 @@ def in_turn() -> dict[str, Any]:
         with pytest.raises(LetheError) as caught:
             work()
         found[what] = (type(caught.value), str(caught.value))
-    found["after"] = facts(fast)["tokens"]
+    found["after"], found["twin"] = facts(fast)["tokens"], facts(fast.twin())["tokens"]
     return found
 
 
@@ -116,7 +116,8 @@ def test_two_processes_run_one_model(tmp_path: Path) -> None:
     first, second = run_ranks(in_turn, tmp_path)
     assert not isinstance(first, Exception), first
     assert_as_one([first["greedy"], second["greedy"]], alone("llama", "lethe", num_hidden_layers=1), share=0.5)
-    assert first["sampled"] == second["sampled"] and first["after"] == first["greedy"]["tokens"]
+    assert first["sampled"] == second["sampled"]
+    assert first["after"] == first["twin"] == first["greedy"]["tokens"]
     for found in (first, second):
         assert found["prompt"][0] is ConfigError and "inputs" in found["prompt"][1]
         assert found["config"][0] is ConfigError and "the configuration" in found["config"][1]
