@@ -41,8 +41,9 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	$(PIP) install -c constraints.txt -e .
 	touch $@
 
+# Of what comes along here most is never imported: no bytecode for it, which takes pip a minute.
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.torch
-	$(PIP) install -c constraints.txt -e ".[dev]"
+	$(PIP) install --no-compile -c constraints.txt -e ".[dev]"
 	touch $(VENV)/.installed $@
 
 clean:
