@@ -160,6 +160,9 @@ class Batch:
         Raises:
             OutOfPagesError: there are too few, on this rank or another; every row holds what it held.
         """
+        if self.ranks.size == 1:
+            self.cache.reserve_rows(self.needs(prompts))
+            return
         held, failure = self.cache.pages_held(), None
         try:
             self.cache.reserve_rows(self.needs(prompts))
@@ -171,7 +174,7 @@ class Batch:
         if not self.ranks.alike or grown:
             same = self.cache.generation == self._recorded
             granted, same = self.ranks.fewest(np.array([failure is None, same], np.int64)).tolist()
-            if self.ranks.size > 1 and not same:
+            if not same:
                 self._before = self.captures
                 self._graphs.clear()
             self._recorded = self.cache.generation

@@ -110,7 +110,8 @@ class Driver:
                 self._ready.set()
                 while (turn := self._turn()).goes_on:
                     loop.admit(turn.ending)
-                    self._observe()  # before anyone reads a token of a request that `stats` still counts as queued
+                    if turn.ending or loop.scheduler.changed:
+                        self._observe()  # before anyone reads a token of a request that `stats` still counts as queued
                     loop.tell()
                     loop.step()
                     self._observe()

@@ -108,8 +108,8 @@ class Engine:
         executor = fast.lend("an Engine")
         try:
             ranks = lockstep_of(fast.ranks, fast.policy.per_head)
-            max_bytes = ranks.least(self._allowed(kv_memory))
-            with ranks.together("make an Engine"):
+            max_bytes = fast.compiled.least(self._allowed(kv_memory))
+            with fast.compiled.together("make an Engine"):
                 self._loop = self._make_loop(ranks, executor, max_bytes, prefill_chunk, under_pressure == "prune")
             self._intake.admission = self._loop.scheduler.admission
             self._ranks, self._driver = ranks, Driver(self._loop, ranks, max_queue)

@@ -20,7 +20,6 @@ import pickle
 import threading
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,16 +81,6 @@ class Alone:
     def from_first(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Rank 0's values of small integer or bool tensors on the device, which is not waited for."""
         return tensors
-
-    def least(self, value: int | None) -> int | None:
-        """The least of all ranks' values, None counting as more than any."""
-        most = np.iinfo(np.int64).max
-        found = int(self.fewest(np.array([most if value is None else value]))[0])
-        return None if found == most else found
-
-    def together(self, what: str) -> AbstractContextManager[None]:
-        """Where one rank fails inside, all do; see `Ranks.together`."""
-        return nullcontext()
 
     def turn(self, turn: Turn | None, state: Sequence[int]) -> Turn:
         """Rank 0's turn, on every rank; the others give None. `state` sums up what must be alike.
@@ -170,9 +159,6 @@ class Lockstep(Alone):
 
     def from_first(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return self.ranks.from_first(*tensors)
-
-    def together(self, what: str) -> AbstractContextManager[None]:
-        return self.ranks.together(what)
 
     # -------------------------------------------------------------------------------------------------- failures
 
