@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakSet
@@ -209,6 +210,12 @@ def bucket(rows: int) -> int:
     return next(size for size in (*_BUCKETS, -(-rows // _BUCKETS[-1]) * _BUCKETS[-1]) if size >= rows)
 
 
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs: cuBLAS sets a workspace aside for every stream that it meets, and keeps it."""
+    return torch.cuda.Stream(device)
+
+
 class DecodeGraph:
     """One decode step of a fixed number of rows, captured as a CUDA graph and replayed.
 
@@ -255,7 +262,7 @@ class DecodeGraph:
         self._graph = self._logits = None  # frees the memory that the next capture takes
         active = self.active.clone()
         self.active.zero_()  # the warm-up, which compiles, appends nothing
-        stream = torch.cuda.Stream()
+        stream = _recording_stream(active.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._step(state)
@@ -264,7 +271,7 @@ class DecodeGraph:
         pool = next((other._graph.pool() for other in self._executor.graphs if other._graph is not None), None)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the device meanwhile: those that submit to an engine, the one that watches collectives.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._logits = self._step(state)
         self._graph = graph
         self.active.copy_(active)

@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where it is run as a scrip
 
 import lethe_compile as lethe
 from lethe_compile.artifact.manifest import total_bytes
+from lethe_compile.errors import LetheError
+from lethe_compile.exporters.toolchain import check_compiler
 from lethe_compile.models import reasoner
 from lethe_compile.models.tiny import tiny
 from lethe_compile.runtime import OptimizedModel
@@ -140,7 +142,7 @@ print(json.dumps({"tokens": result.new_ids, "seconds": seconds, "loading": loadi
 
 
 def prepare_compiler() -> None:
-    """CUDA's headers and ``libcuda.so`` where only pip's packages and the driver bring them."""
+    """CUDA's headers, ``libcuda.so``, a shared libstdc++, where only pip's packages, the driver, torch bring them."""
     if "CUDA_HOME" not in os.environ and not Path("/usr/local/cuda/include/cuda.h").is_file():
         for site in map(Path, sys.path):
             for header in sorted(site.glob("nvidia/*/include/cuda.h")):
@@ -154,6 +156,23 @@ def prepare_compiler() -> None:
             if library.exists() and not (links / "libcuda.so").exists():
                 (links / "libcuda.so").symlink_to(library)
         os.environ["LIBRARY_PATH"] = f"{links}:{os.environ.get('LIBRARY_PATH', '')}"
+    try:
+        check_compiler()
+    except LetheError:
+        _link_the_library_of_torch()
+        check_compiler()
+
+
+def _link_the_library_of_torch() -> None:
+    """Have the compiler link the libstdc++ that torch has loaded, by its path."""
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libstdc++.so.6" in line}
+    assert len(loaded) == 1, loaded
+    compiler = Path(tempfile.mkdtemp()) / "g++"
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *-shared*) set -- "$@" -x none {loaded.pop()};; esac\nexec g++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    torch._inductor.config.cpp.cxx = (str(compiler),)
 
 
 def often(**settings: Any) -> lethe.LetheConfig:

@@ -8,6 +8,7 @@ most probable one: the host looks at several steps at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,11 @@ class KernelRunner:
                 self.caches[name] = self._full((0, *shape), dtype, 0)
             self.caches[f"length_{index}"] = self._full((rows,), torch.int32, 0)
         self._graph: _DecodeGraph | None = None
+
+    @cached_property
+    def recording(self) -> torch.cuda.Stream:
+        """One for all graphs: cuBLAS sets a workspace aside for every stream that it meets, and keeps it."""
+        return torch.cuda.Stream(self.device)
 
     @property
     def lengths(self) -> Ints:
@@ -189,13 +195,13 @@ class _DecodeGraph:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """The step as a CUDA graph; no row is active while it is made, so nothing is appended."""
-        stream = torch.cuda.Stream(self.runner.device)
+        stream = self.runner.recording
         stream.wait_stream(torch.cuda.current_stream(self.runner.device))
         with torch.cuda.stream(stream):
             self._step()
         torch.cuda.current_stream(self.runner.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self._step()
         return graph
 

@@ -21,6 +21,7 @@ from lethe_compile.exporters.programs import (
     prune_program,
     step_program,
 )
+from lethe_compile.exporters.toolchain import check_compiler
 from lethe_compile.runtime import OptimizedModel
 
 _ON_CPU = {
@@ -44,7 +45,9 @@ def write_aoti(fast: OptimizedModel, directory: Path, progress: Callable[[str], 
     Raises:
         UnsupportedGraphError: something in the model cannot be exported; names it.
         MissingPackageError: there is no C++ compiler, or for a GPU no Triton.
+        LetheError: the compiler makes no packages that torch could load, or failed.
     """
+    check_compiler()
     if fast.device.type == "cuda":
         return _write_kernels(fast, directory, progress)
     programs = {}
@@ -113,7 +116,7 @@ def _constants_of(packages: Sequence[Path]) -> list[list[str]]:
 def _compile(
     program: ExportableProgram, directory: Path, config: dict[str, Any], progress: Callable[[str], None]
 ) -> tuple[ProgramSpec, torch.export.ExportedProgram]:
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+    from torch._inductor.exc import CppCompileError
 
     progress(f"{program.name}: tracing")
     exported = program.trace()
@@ -123,8 +126,6 @@ def _compile(
         torch._inductor.aoti_compile_and_package(
             exported, package_path=str(directory / file), inductor_configs=dict(config)
         )
-    except InvalidCxxCompiler as error:
-        raise MissingPackageError("AOTInductor needs a C++ compiler, such as g++: install one", "g++") from error
     except CppCompileError as error:
         lines = str(error).splitlines()
         first = next((line.strip() for line in lines if " error: " in line), lines[0])

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+from torch._inductor.exc import CppCompileError
 
 import lethe_compile as lethe
 from lethe_compile import exporters
 from lethe_compile.artifact.manifest import ProgramSpec, load_manifest
-from lethe_compile.errors import ArtifactError, ConfigError, InputError, LetheError, UnsupportedGraphError
+from lethe_compile.errors import (
+    ArtifactError,
+    ConfigError,
+    InputError,
+    LetheError,
+    MissingPackageError,
+    UnsupportedGraphError,
+)
 from lethe_compile.exporters import aoti
 from lethe_compile.exporters.programs import ExportableProgram, Operand
+from lethe_compile.exporters.toolchain import check_compiler
 from lethe_compile.models import reasoner
 from lethe_compile.models.architectures import build
 from lethe_compile.models.tiny import tiny
@@ -135,26 +145,39 @@ def test_bad_settings_are_refused(flags: list[str], error: type[Exception], mess
         tool.main(["reasoner", "--format", "onnx", "--out", str(tmp_path / "x"), *flags])
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (InvalidCxxCompiler(), r"AOTInductor needs a C\+\+ compiler, such as g\+\+"),
-        (
-            CppCompileError(["g++"], "x.cpp:1:10: fatal error: cuda.h: No such file or directory"),
-            r"step\.pt2 was not compiled: .*cuda\.h: No such file or directory.*set CUDA_HOME",
-        ),
-    ],
-)
-def test_what_a_compiler_lacks_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
-) -> None:
+def test_what_the_compiler_said_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def compile(*args: Any, **options: Any) -> None:
-        raise error
+        raise CppCompileError(["g++"], "x.cpp:1:10: fatal error: cuda.h: No such file or directory")
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile)
     program = ExportableProgram("step", torch.nn.Identity(), (Operand("x", (2,), torch.float32),), ("y",), CPU)
+    message = r"step\.pt2 was not compiled: .*cuda\.h: No such file or directory.*set CUDA_HOME"
     with pytest.raises(LetheError, match=message):
         aoti._compile(program, tmp_path, {}, lambda text: None)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", None),
+        ("-static-libstdc++", r"links the C\+\+ standard library statically, .* crash in torch"),
+        ("-no-such-option", r"does not make a shared library: .*no-such-option"),
+    ],
+)
+def test_the_compiler_is_tried_first(options: str, message: str | None, tmp_path: Path) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text(f'#!/bin/sh\nexec {shutil.which("g++")} {options} "$@"\n')
+    compiler.chmod(0o755)
+    refused = contextlib.nullcontext() if message is None else pytest.raises(LetheError, match=message)
+    with torch._inductor.config.patch({"cpp.cxx": (str(compiler),)}), refused:
+        check_compiler()
+
+
+def test_no_compiler() -> None:
+    refused = pytest.raises(MissingPackageError, match=r"needs a C\+\+ compiler, such as g\+\+")
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), refused:
+        check_compiler()
 
 
 @pytest.mark.parametrize(
