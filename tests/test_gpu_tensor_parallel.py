@@ -90,7 +90,7 @@ def engine(backend: str) -> tuple[Any, ...]:
     device = torch.device("cuda", torch.cuda.current_device())
     fast = lethe.optimize(build("llama", device), PRUNING["lethe"], tp=mesh, backend=backend)
     found = []
-    for room in (1 << 24, memory_of(fast, 60) * 2):
+    for room in (1 << 24, memory_of(fast, 66)):
         with lethe.Engine(fast, max_batch=4, kv_memory=room, prefill_chunk=16, under_pressure="preempt") as serving:
             found.append(some(serving) if serving.leads else None)
     return (*found, serving.stats().preemptions)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +21,10 @@ from lethe_compile.exporters.programs import (
 from lethe_compile.exporters.toolchain import check_compiler
 from lethe_compile.runtime import OptimizedModel
 
-_ON_CPU = {
-    "aot_inductor.package_constants_in_so": False,
-    "aot_inductor.package_constants_on_disk_format": "binary_blob",
-}
-_LOAD = """
-import json, sys, torch
-for package in sys.argv[1:]:
-    print(json.dumps(torch._inductor.aoti_load_package(package).get_constant_fqns()), flush=True)
-"""
-_ON_CUDA = {"aot_inductor.package_constants_in_so": False}  # programs share what their runner hands them
+_OUTSIDE = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
+_ON_CPU = {**_OUTSIDE, "aot_inductor.package_constants_on_disk_format": "binary_blob"}
+# On a GPU programs share what their runner hands them: the compiler returns it in place of a file.
+_ON_CUDA = {**_OUTSIDE, "aot_inductor.package_constants_on_disk_format": "pickle_weights"}
 
 
 def write_aoti(fast: OptimizedModel, directory: Path, progress: Callable[[str], None]) -> dict[str, ProgramSpec]:
@@ -77,60 +68,47 @@ def kernel_programs(fast: OptimizedModel) -> list[ExportableProgram]:
 
 
 def _write_kernels(fast: OptimizedModel, directory: Path, progress: Callable[[str], None]) -> dict[str, ProgramSpec]:
+    """Packages, and one file with the weights of all: what a program made for itself bears its name."""
     from safetensors.torch import save_file
 
-    programs = kernel_programs(fast)
-    compiled = [_compile(program, directory, _ON_CUDA, progress) for program in programs]
+    shared = set(fast.program.module.state_dict())
+    specs: dict[str, ProgramSpec] = {}
     weights: dict[str, Tensor] = {}
-    names = _constants_of([directory / spec.file for spec, _ in compiled])
-    for program, (_, exported), wanted in zip(programs, compiled, names, strict=True):
-        for name in wanted:
-            if name in exported.state_dict:
-                weights[name] = exported.state_dict[name]
-            else:
-                weights[f"{program.name}:{name}"] = exported.constants[name]
+    for program in kernel_programs(fast):
+        specs[program.name], constants = _compile(program, directory, _ON_CUDA, progress)
+        for name, tensor in constants.items():
+            if not tensor.is_contiguous():
+                raise UnsupportedGraphError(
+                    f"{program.name}.pt2 wants {name} {list(tensor.shape)} with strides {list(tensor.stride())}",
+                    hint="Make the model's weights contiguous first: tensor.data = tensor.data.contiguous()",
+                )
+            weights[name if name in shared else f"{program.name}:{name}"] = tensor
     progress(f"writing {WEIGHTS}")
-    on_host = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-    save_file(on_host, directory / WEIGHTS)
-    return {program.name: spec for program, (spec, _) in zip(programs, compiled, strict=True)}
-
-
-def _constants_of(packages: Sequence[Path]) -> list[list[str]]:
-    """Names of the weights that each asks for, told by a process of its own: one that does not load may crash it.
-
-    Raises:
-        LetheError: one does not load; names it.
-    """
-    command = [sys.executable, "-c", _LOAD, *map(str, packages)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    told: list[list[str]] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    if done.returncode or len(told) < len(packages):
-        last = done.stderr.strip().splitlines()[-1:] or ["without a word"]
-        raise LetheError(
-            f"{packages[len(told)].name}, as torch {torch.__version__} compiled it, does not load: the process that"
-            f" tried it ended with {done.returncode}: {last[0]}"
-        )
-    return told
+    save_file({name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}, directory / WEIGHTS)
+    return specs
 
 
 def _compile(
     program: ExportableProgram, directory: Path, config: dict[str, Any], progress: Callable[[str], None]
-) -> tuple[ProgramSpec, torch.export.ExportedProgram]:
+) -> tuple[ProgramSpec, dict[str, Tensor]]:
+    """Write the package; the weights that are not in it, by the names under which it asks for them."""
     from torch._inductor.exc import CppCompileError
+    from torch._inductor.package.package import package_aoti
 
     progress(f"{program.name}: tracing")
     exported = program.trace()
     file = f"{program.name}.pt2"
     progress(f"{program.name}: compiling {file}")
+    args, kwargs = exported.example_inputs
     try:
-        torch._inductor.aoti_compile_and_package(
-            exported, package_path=str(directory / file), inductor_configs=dict(config)
-        )
+        made: Any = torch._inductor.aot_compile(exported.module(check_guards=False), args, kwargs, options=dict(config))
     except CppCompileError as error:
         lines = str(error).splitlines()
         first = next((line.strip() for line in lines if " error: " in line), lines[0])
         raise LetheError(
             f"{file} was not compiled: {first}. For a GPU, headers and libraries of CUDA are needed: set CUDA_HOME"
         ) from error
+    package_aoti(str(directory / file), [one for one in made if isinstance(one, str)])
+    weights = {name: tensor for one in made if not isinstance(one, str) for name, (tensor, _) in one.items()}
     names = tuple(operand.name for operand in program.inputs)
-    return ProgramSpec(file, names, program.outputs), exported
+    return ProgramSpec(file, names, program.outputs), weights

@@ -149,7 +149,7 @@ def test_what_the_compiler_said_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     def compile(*args: Any, **options: Any) -> None:
         raise CppCompileError(["g++"], "x.cpp:1:10: fatal error: cuda.h: No such file or directory")
 
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile)
+    monkeypatch.setattr(torch._inductor, "aot_compile", compile)
     program = ExportableProgram("step", torch.nn.Identity(), (Operand("x", (2,), torch.float32),), ("y",), CPU)
     message = r"step\.pt2 was not compiled: .*cuda\.h: No such file or directory.*set CUDA_HOME"
     with pytest.raises(LetheError, match=message):
@@ -178,29 +178,3 @@ def test_no_compiler() -> None:
     refused = pytest.raises(MissingPackageError, match=r"needs a C\+\+ compiler, such as g\+\+")
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), refused:
         check_compiler()
-
-
-@pytest.mark.parametrize(
-    ("script", "message"),
-    [
-        (
-            "import os; print('[]', flush=True); os.kill(os.getpid(), 11)",
-            r"decode.pt2, as torch .* does not load: .* ended with -11: without a word",
-        ),
-        ("raise OSError('no such kernel')", r"step.pt2, .* ended with 1: OSError: no such kernel"),
-    ],
-    ids=["crash", "error"],
-)
-def test_a_package_that_does_not_load_ends_its_own_process_alone(
-    script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(aoti, "_LOAD", script)
-    with pytest.raises(LetheError, match=message):
-        aoti._constants_of([tmp_path / "step.pt2", tmp_path / "decode.pt2"])
-
-
-def test_constants_of_packages_are_told_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = "import json, sys\nfor one in sys.argv[1:]: print('noise'); print(json.dumps([one, 'w']))"
-    monkeypatch.setattr(aoti, "_LOAD", script)
-    packages = [tmp_path / "step.pt2", tmp_path / "decode.pt2"]
-    assert aoti._constants_of(packages) == [[str(one), "w"] for one in packages]
