@@ -47,7 +47,5 @@ def known(value: Any, name: str) -> Any:
         return value
     read = getattr(value, _READER, None)
     if read is None:
-        raise InputError(
-            f"the numbers of {name} are needed to prove a rewrite, and the model has no weights: load them"
-        )
+        raise InputError(f"a proof needs the numbers of {name}, and the model has no weights: load them")
     return read()

@@ -206,15 +206,19 @@ KEY = "model.layers.0.mlp.down_proj.weight"
     ("change", "text"),
     [
         (lambda t: t.pop(KEY), f"has no weight {KEY}"),
-        (lambda t: t.update({KEY: t[KEY][:-1].clone()}), f"{KEY} is .* in the checkpoint, and .* by its configuration"),
+        (lambda t: t.update({KEY: t[KEY][:-1].clone()}), f"{KEY} is .* in the checkpoint, .* by its configuration"),
         (lambda t: t[KEY].fill_(float("nan")), f"{KEY} holds NaN"),
     ],
 )
 def test_broken_checkpoints_are_refused(change: Any, text: str, tmp_path: Path) -> None:
     folder = rewritten(saved("llama", tmp_path, num_hidden_layers=1), change)
-    with pytest.raises(InputError, match=text) as caught:
+
+    def read_and_fetch() -> None:
         model, fetch = read(folder)
         fetch(KEY, model.get_parameter(KEY), Placement.blocks(0, 64, 2), 1)
+
+    with pytest.raises(InputError, match=text) as caught:
+        read_and_fetch()
     assert not isinstance(caught.value, WholeOnlyError)
 
 
@@ -224,7 +228,7 @@ def test_what_cannot_be_read_by_part_is_told_apart(tmp_path: Path, monkeypatch: 
     folder = saved("mixtral", tmp_path / "mixtral")
     with monkeypatch.context() as patch:
         patch.setattr(core_model_loading, "Concatenate", type("Other", (), {}))
-        with pytest.raises(WholeOnlyError, match="converts the checkpoint's tensors to .*gate_up_proj .*Concatenate"):
+        with pytest.raises(WholeOnlyError, match=r"tensors to .*gate_up_proj, which takes them whole: .*Concatenate"):
             read(folder)
     described = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**described, "quantization_config": {"quant_method": "fp8"}}))
@@ -246,7 +250,7 @@ def test_what_cannot_be_read_by_part_is_told_apart(tmp_path: Path, monkeypatch: 
         read(folder)
     with pytest.raises(InputError, match="no model can be loaded from"):
         read(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="dtype=torch.int8 is not allowed"):
+    with pytest.raises(InputError, match=r"dtype=torch\.int8 is not allowed"):
         read(saved("llama", tmp_path / "llama", num_hidden_layers=1), "int8")
     (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(InputError, match=r"bad\.safetensors is no readable safetensors file"):

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 -m lethe_compile serve MODEL
 
-splits the model over the ranks that torchrun starts. Rank 0 serves and prints, the others follow it. Each rank reads its
-own part of the weights from safetensors files; where that cannot be done, it is told why, and each loads the whole first.
+splits the model over the ranks that torchrun starts. Rank 0 serves and prints, the others follow it. Each reads its own
+part of the weights from safetensors files; where that cannot be done, rank 0 says why, and each loads the whole first.
 """
 
 from __future__ import annotations

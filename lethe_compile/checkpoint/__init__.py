@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,11 +100,11 @@ class PartsOfFiles:
             source = sources[name]
             if source.shape != tuple(parameter.shape):
                 raise InputError(
-                    f"{name} is {list(source.shape)} in the checkpoint, and {list(parameter.shape)} by its configuration"
+                    f"{name} is {list(source.shape)} in the checkpoint, {list(parameter.shape)} by its configuration"
                 )
             self._sources[id(parameter)] = (name, parameter, source)
             if parameter.numel() > 1:
-                set_reader(parameter, lambda one=parameter: self._read(one, None))
+                set_reader(parameter, partial(self._read, parameter, None))
             else:
                 parameter.data = self._read(parameter, None)
 

@@ -27,7 +27,7 @@ def sources_of(model: Any, stored: Mapping[str, Stored]) -> dict[str, Source]:
 
     entries = get_model_conversion_mapping(model)
     converters = [entry for entry in entries if isinstance(entry, WeightConverter)]
-    renamings = [entry for entry in entries if not isinstance(entry, WeightConverter)]
+    renamings: list[Any] = [entry for entry in entries if not isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     known, prefix = model.state_dict(), model.base_model_prefix
     found: dict[str, Source] = {}
@@ -56,7 +56,7 @@ def _converted(name: str, converter: Any, parts: dict[str, list[Source]]) -> Sou
     if len(converter.target_patterns) > 1 or any(kind not in (MergeModulelist, Concatenate) for kind in kinds):
         names = ", ".join(kind.__name__ for kind in kinds)
         raise WholeOnlyError(
-            f"transformers converts the checkpoint's tensors to {name} ({names}), which needs them whole"
+            f"transformers converts the checkpoint's tensors to {name}, which takes them whole: {names}"
         )
     if missing := [pattern for pattern in converter.source_patterns if pattern not in parts]:
         raise InputError(f"the checkpoint has no {', '.join(missing)}, of which {name} is made")
