@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +78,27 @@ def _write_kernels(
     """Packages, and one file with the weights of all: what a program made for itself bears its name."""
     from safetensors.torch import save_file
 
-    shared = set(fast.program.module.state_dict())
+    shared = fast.program.module.state_dict()
+    _refuse_strides(shared)
     specs: dict[str, ProgramSpec] = {}
     weights: dict[str, Tensor] = {}
     for program in kernel_programs(fast, most_rows):
         specs[program.name], constants = _compile(program, directory, _ON_CUDA, progress)
-        for name, tensor in constants.items():
-            if not tensor.is_contiguous():
-                raise UnsupportedGraphError(
-                    f"{program.name}.pt2 wants {name} {list(tensor.shape)} with strides {list(tensor.stride())}",
-                    hint="Make the model's weights contiguous first: tensor.data = tensor.data.contiguous()",
-                )
-            weights[name if name in shared else f"{program.name}:{name}"] = tensor
+        _refuse_strides(constants)
+        weights.update({name if name in shared else f"{program.name}:{name}": t for name, t in constants.items()})
     progress(f"writing {WEIGHTS}")
     save_file({name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}, directory / WEIGHTS)
     return specs
+
+
+def _refuse_strides(weights: Mapping[str, Tensor]) -> None:
+    """A file of weights keeps no strides, and packages are compiled for them."""
+    for name, tensor in weights.items():
+        if not tensor.is_contiguous():
+            raise UnsupportedGraphError(
+                f"the weight {name} {list(tensor.shape)} has strides {list(tensor.stride())}",
+                hint="Make it contiguous before `optimize`: weight.data = weight.data.contiguous()",
+            )
 
 
 def _compile(

@@ -184,3 +184,11 @@ def test_no_compiler() -> None:
     refused = pytest.raises(MissingPackageError, match=r"needs a C\+\+ compiler, such as g\+\+")
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), refused:
         check_compiler()
+
+
+def test_weights_with_strides_are_refused() -> None:
+    model = tiny("llama")
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data = weight.data.t().contiguous().t()
+    with pytest.raises(UnsupportedGraphError, match=r"layers\.1\.mlp\.up_proj\.weight \[\d+, \d+\] has strides"):
+        aoti._refuse_strides(lethe.optimize(model, verified=False).program.module.state_dict())
