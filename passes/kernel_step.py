@@ -22,13 +22,13 @@ from lethe_compile.passes.program import Program, Site
 CACHE = ("k", "v", "position", "mass", "length")
 """Tensors of cache i, as ``k_i``: ``[pages, kv_heads, page, dim]`` twice, ``[pages, page]`` twice, ``[rows]``."""
 MOST_ROWS = 64
-"""Rows that a decode step takes at most: the kernels are compiled for no more."""
+"""Rows that a decode step takes at most, unless told otherwise: its kernels are compiled for no more."""
 
 
-def kernel_step(program: Program, *, decode: bool) -> fx.GraphModule:
+def kernel_step(program: Program, *, decode: bool, most_rows: int = MOST_ROWS) -> fx.GraphModule:
     """``(input_ids, positions, new_lengths, page_table, *caches) -> (logits,)``; caches are written in place.
 
-    With `decode` ids are ``[rows, 1]``, of at most `MOST_ROWS`; else ``[rows, T]``, of any. The table is ``[rows, n]``.
+    With `decode` ids are ``[rows, 1]``, of at most `most_rows`; else ``[rows, T]``, of any. The table is ``[rows, n]``.
     Values that a cache keeps inside its keys have no tensor. Logits are as those of `contiguous_step`.
 
     Raises:
@@ -37,7 +37,7 @@ def kernel_step(program: Program, *, decode: bool) -> fx.GraphModule:
     from lethe_compile.kernels import exported  # registers the ops; needs Triton
 
     refuse_what_has_no_contiguous_form(program)
-    return _KernelBuilder(program, decode, exported).build()
+    return _KernelBuilder(program, decode, exported, 1 << (most_rows - 1).bit_length()).build()
 
 
 def cache_names(program: Program) -> list[str]:
@@ -51,9 +51,9 @@ def cache_names(program: Program) -> list[str]:
 
 
 class _KernelBuilder(PagedBuilder):
-    def __init__(self, program: Program, decode: bool, ops: Any) -> None:
+    def __init__(self, program: Program, decode: bool, ops: Any, most_rows: int) -> None:
         super().__init__(program)
-        self.decode, self.ops = decode, ops
+        self.decode, self.ops, self.most_rows = decode, ops, most_rows
         self.counter: fx.Node | None = None
 
     def _names(self) -> Sequence[str]:
@@ -65,7 +65,7 @@ class _KernelBuilder(PagedBuilder):
             from lethe_compile.kernels.decode.triton import fixed_counter
 
             sizes = [
-                fixed_counter(MOST_ROWS, site.heads, site.geometry[0], site.geometry[2], _itemsize(site))
+                fixed_counter(self.most_rows, site.heads, site.geometry[0], site.geometry[2], _itemsize(site))
                 for site in self.program.sites
             ]
             options: dict[str, Any] = {"dtype": torch.int32, "device": self.program.device}
@@ -78,12 +78,12 @@ class _KernelBuilder(PagedBuilder):
     def _decomposed(self) -> Mapping[str, Callable[..., Tensor]]:
         if not self.decode:
             return DECOMPOSED
-        ops, plain = self.ops, DECOMPOSED[str(LINEARS)]
+        ops, plain, most = self.ops, DECOMPOSED[str(LINEARS)], self.most_rows
 
         def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-            if not ops.linears_serve(x, weights, MOST_ROWS):
+            if not ops.linears_serve(x, weights, most):
                 return plain(x, weights, biases)
-            result: Tensor = torch.ops.lethe.few_linears(x, list(weights), list(biases), MOST_ROWS)
+            result: Tensor = torch.ops.lethe.few_linears(x, list(weights), list(biases), most)
             return result
 
         return {**DECOMPOSED, str(LINEARS): linears}
@@ -99,7 +99,7 @@ class _KernelBuilder(PagedBuilder):
         table = self.given["page_table"]
         operands = (*new, k, v, position, mass, table, length, *steps, *counter, *learned, *rule)
         name = "decode_attention" if self.decode else "prefill_attention"
-        most = (MOST_ROWS,) if self.decode else ()
+        most = (self.most_rows,) if self.decode else ()
         op = getattr(torch.ops.lethe, name).default
         self.values[site.node] = self.graph.call_function(op, (*operands, *most))
 

@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         overwrite=options.overwrite,
         progress=say,
         engine=_engine(options),
+        max_batch=options.max_batch,
     )
     _tell(manifest, options.out, time.perf_counter() - start, options.json)
     return 0
@@ -117,6 +118,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help=f"holds {TOKENIZER}; default: the model's own")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings of LetheConfig as JSON")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting of LetheConfig")
+    parser.add_argument("--max-batch", type=int, metavar="N", help="most sequences at once, of aoti on a GPU (64)")
     engine = parser.add_argument_group("TensorRT's engines: smallest, best and largest sizes")
     engine.add_argument("--rows", type=_sizes, metavar="1,8,16", help="sequences")
     engine.add_argument("--tokens", type=_sizes, metavar="1,256,1024", help="of a part of a prompt")

@@ -2,12 +2,12 @@
 
 Caches are pages that the programs write in place: each row of each cache has as many, one behind the other, so one page
 table serves all. A decode step is replayed as a CUDA graph, with the choice of the next token inside where that is the
-most probable one: the host looks at several steps at once.
+most probable one: the host looks at several steps at once, while the device is at the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,10 +21,11 @@ from lethe_compile.artifact.manifest import CacheSpec, Manifest
 from lethe_compile.artifact.sampling import Floats, Ints
 from lethe_compile.artifact.torch_device import check_device
 from lethe_compile.errors import InputError
+from lethe_compile.transfers import Fetched
 
 CHUNK = 16
-"""Steps that are run ahead of the host."""
-_SPARE = 4  # pages that a row may have too many: a cache that shrinks by less keeps its tensors, and CUDA graphs
+"""Steps that the host looks at together; as many again are under way meanwhile."""
+_SPARE = 4  # pages more than needed, or a quarter: what then fits keeps its tensors, and CUDA graphs
 
 Program = Callable[..., Sequence[Tensor]]
 
@@ -54,19 +55,25 @@ class KernelRunner:
         self.programs = programs or load_packages(manifest, self.device)
         self.page, self.most_rows = int(manifest.model["page_size"]), int(manifest.model["most_rows"])
         self._dtype: torch.dtype = getattr(torch, manifest.model["dtype"])
+        self.rows = -1
         self.begin(0)
 
     def begin(self, rows: int) -> None:
         if rows > self.most_rows:
             raise InputError(f"{rows} prompts at once are too many: the artifact takes {self.most_rows}")
-        count = len(self.manifest.caches)
-        self.rows, self.row_pages = rows, 0
+        if rows != self.rows:
+            self._make(rows)
+        for name, tensor in self.caches.items():
+            if name.startswith("length_"):
+                tensor.zero_()  # in its place, where CUDA graphs look for it; what pages held is not looked at
+        shape = (len(self.manifest.caches), rows)
         self.state = {
-            one.name: self._full(
-                (count, rows), getattr(torch, one.dtype), np.nan if one.initial is None else one.initial
-            )
+            one.name: self._full(shape, getattr(torch, one.dtype), np.nan if one.initial is None else one.initial)
             for one in self.manifest.state
         }
+
+    def _make(self, rows: int) -> None:
+        self.rows, self.row_pages = rows, 0
         self.caches: dict[str, Tensor] = {}
         for index, spec in enumerate(self.manifest.caches):
             for name, (shape, dtype) in self._pages_of(index, spec).items():
@@ -86,9 +93,9 @@ class KernelRunner:
 
     def reserve(self, tokens: int) -> None:
         pages = -(-(int(self.lengths.max(initial=0)) + tokens) // self.page)
-        if self.row_pages - _SPARE <= pages <= self.row_pages:
+        if pages <= self.row_pages <= 2 * (pages + _SPARE):
             return
-        pages += _SPARE // 2
+        pages += max(_SPARE, pages // 4)
         for name, tensor in self.caches.items():
             if not name.startswith("length_"):
                 self.caches[name] = self._resized(tensor, pages)
@@ -125,10 +132,10 @@ class KernelRunner:
 
     def choose_ahead(
         self, tokens: Ints, next_position: Ints, active: NDArray[np.bool_], ends: Ints, steps: int
-    ) -> Chosen:
-        """Up to `steps` greedy steps, a token ``[rows]`` each; as `loop.AheadRunner` says."""
-        steps = min(steps, CHUNK)
+    ) -> Iterator[Chosen]:
+        """As `loop.AheadRunner` says, `CHUNK` steps at a time."""
         if self._graph is None or not np.array_equal(self._graph.ends, ends):
+            self._graph = None  # frees the memory that the next one takes
             self._graph = _DecodeGraph(self, ends)
         return self._graph.replay(tokens, next_position, active, steps)
 
@@ -167,20 +174,30 @@ class _DecodeGraph:
         self.next_position = torch.zeros(rows, dtype=torch.int64, device=device)
         self.active = torch.zeros(rows, dtype=torch.bool, device=device)
         self.record = torch.zeros(3, rows, dtype=torch.int64, device=device)  # token, whether it counts, and is sound
-        self.history = torch.zeros(CHUNK, 3, rows, dtype=torch.int64, device=device)
         self._graph = self._capture() if device.type == "cuda" else None
 
-    def replay(self, tokens: Ints, next_position: Ints, active: NDArray[np.bool_], steps: int) -> Chosen:
+    def replay(self, tokens: Ints, next_position: Ints, active: NDArray[np.bool_], steps: int) -> Iterator[Chosen]:
         for static, given in ((self.tokens, tokens), (self.next_position, next_position), (self.active, active)):
             static.copy_(torch.from_numpy(given))
+        under_way: Fetched | None = None
+        for start in range(0, steps, CHUNK):
+            follows = self._run(min(CHUNK, steps - start))
+            if under_way is not None:
+                yield _chosen(under_way)
+            under_way = follows
+        if under_way is not None:
+            yield _chosen(under_way)
+
+    def _run(self, steps: int) -> Fetched:
+        """So many records, once they are there."""
+        history = self.record.new_empty(steps, *self.record.shape)
         for index in range(steps):
             if self._graph is None:
                 self._step()
             else:
                 self._graph.replay()
-            self.history[index].copy_(self.record)
-        seen = self.history[:steps].cpu().numpy()
-        return Chosen(seen[:, 0], seen[:, 1].astype(np.bool_), seen[:, 2].astype(np.bool_))
+            history[index].copy_(self.record)
+        return Fetched(history)
 
     def _step(self) -> None:
         ids = torch.where(self.active, self.tokens, 0)[:, None]
@@ -204,6 +221,11 @@ class _DecodeGraph:
         with torch.cuda.graph(graph, stream=stream):
             self._step()
         return graph
+
+
+def _chosen(history: Fetched) -> Chosen:
+    seen = history.wait()
+    return Chosen(seen[:, 0], seen[:, 1].astype(np.bool_), seen[:, 2].astype(np.bool_))
 
 
 def load_packages(manifest: Manifest, device: torch.device) -> dict[str, Program]:

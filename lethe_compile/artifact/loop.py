@@ -50,14 +50,15 @@ class Chosen:
 
 @runtime_checkable
 class AheadRunner(Runner, Protocol):
-    """A runner that can go on greedily without the host, which waits for a device once for many steps."""
+    """A runner that can go on greedily without the host, which looks at many steps at once."""
 
     def choose_ahead(
         self, tokens: Ints, next_position: Ints, active: NDArray[np.bool_], ends: Ints, steps: int
-    ) -> Chosen:
-        """Feed `tokens` ``[R]`` of the `active` rows, choose the next, and so on, at most `steps` times.
+    ) -> Iterator[Chosen]:
+        """Feed `tokens` ``[R]`` of the `active` rows, choose the next, and so on, `steps` times in all.
 
-        A row that has chosen one of `ends` is not active any more. There is room for the tokens.
+        A row that has chosen one of `ends` is not active any more. There is room for the tokens. Who does not take all
+        of what comes lets at most the steps under way run, which change nothing where no row is active.
         """
 
 
@@ -197,13 +198,13 @@ class Loop:
         """Add as many tokens to the active rows as there are steps until the next round; how many rows, each time."""
         self._make_room(left)
         steps = min(left, self.until_round)
-        chosen = runner.choose_ahead(self.tokens, self.next_position, self.active, self.ends, steps)
-        for tokens, active, sound in zip(chosen.tokens, chosen.active, chosen.sound, strict=True):
-            if not active.any():
-                break
-            self.until_round -= 1
-            self.next_position = self.next_position + active
-            yield self._add(tokens, sound)
+        for chosen in runner.choose_ahead(self.tokens, self.next_position, self.active, self.ends, steps):
+            for tokens, active, sound in zip(chosen.tokens, chosen.active, chosen.sound, strict=True):
+                if not active.any():
+                    return
+                self.until_round -= 1
+                self.next_position = self.next_position + active
+                yield self._add(tokens, sound)
 
     def _make_room(self, left: int) -> None:
         """For the steps until the next round, which is run if it is due."""

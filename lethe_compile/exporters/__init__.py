@@ -48,6 +48,7 @@ def export(
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
     engine: EngineOptions | None = None,
+    max_batch: int | None = None,
 ) -> Manifest:
     """Write `fast`, pruning included, to a directory that `lethe run` or `lethe_compile.artifact` executes.
 
@@ -71,6 +72,8 @@ def export(
         tokenizer: a directory with ``tokenizer.json``, or a tokenizer of transformers; its files join the artifact.
         progress: hears what is being done.
         engine: sizes, timing cache and memory of TensorRT's engines.
+        max_batch: of aoti on a GPU, most sequences at once, for which the kernels of a decode step are compiled; 64
+            unless told otherwise. Elsewhere there is no such limit.
 
     Returns:
         The manifest.
@@ -78,19 +81,19 @@ def export(
     Raises:
         UnsupportedGraphError: the model keeps recurrent state, has masks by content, or holds an operator that the
             format lacks; says which, before anything is written.
-        ConfigError: an unknown format, or `directory` is in the way.
+        ConfigError: an unknown format, an option of another one, or `directory` is in the way.
         ArtifactError: the tokenizer does not belong to the model.
         MissingPackageError: what writes the format is not installed. For tensorrt, the ONNX files have been written,
             and the error names the command that builds the engine from them.
     """
     folder = Path(directory)
-    write = _writer(format, engine)
+    write = _writer(format, engine, _most_rows(fast, format, max_batch))
     _check_target(folder, overwrite)
     _refuse(fast)
     with _replaced(folder) as temporary:
         files = _copy_tokenizer(tokenizer, temporary, fast.vocab_size)
         programs = write(fast, temporary, progress or (lambda _: None))
-        manifest = _manifest(fast, format, programs, files)
+        manifest = _manifest(fast, format, programs, files, max_batch)
         write_manifest(manifest, temporary)
     if format == "tensorrt" and not any(program.engine for program in programs.values()):
         from lethe_compile.exporters.tensorrt import tell_how_to_build
@@ -99,7 +102,20 @@ def export(
     return load_manifest(folder, verify=False)
 
 
-def _writer(format: str, engine: EngineOptions | None = None) -> Writer:
+def _most_rows(fast: OptimizedModel, format: str, max_batch: int | None) -> int:
+    if max_batch is None:
+        return MOST_ROWS
+    if format != "aoti" or fast.device.type != "cuda":
+        raise ConfigError(
+            f"max_batch={max_batch} is not allowed: format={format!r} of a model on {fast.device} takes any number of"
+            " sequences; only aoti on a GPU has a limit"
+        )
+    if not isinstance(max_batch, int) or isinstance(max_batch, bool) or max_batch < 1:
+        raise ConfigError(f"max_batch={max_batch!r} is not allowed: must be an integer >= 1")
+    return max_batch
+
+
+def _writer(format: str, engine: EngineOptions | None = None, most_rows: int = MOST_ROWS) -> Writer:
     if format not in FORMATS:
         raise ConfigError(f"format={format!r} is not allowed: must be one of {', '.join(FORMATS)}")
     if engine is not None and format != "tensorrt":
@@ -118,7 +134,7 @@ def _writer(format: str, engine: EngineOptions | None = None) -> Writer:
         return partial(write_tensorrt, options=engine or EngineOptions())
     from lethe_compile.exporters.aoti import write_aoti
 
-    return write_aoti
+    return partial(write_aoti, most_rows=most_rows)
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:
@@ -195,7 +211,11 @@ def _copy_tokenizer(tokenizer: Any, target: Path, vocab_size: int) -> tuple[str,
 
 
 def _manifest(
-    fast: OptimizedModel, kind: str, programs: dict[str, ProgramSpec], tokenizer: tuple[str, ...]
+    fast: OptimizedModel,
+    kind: str,
+    programs: dict[str, ProgramSpec],
+    tokenizer: tuple[str, ...],
+    max_batch: int | None = None,
 ) -> Manifest:
     caches = tuple(
         CacheSpec(*site.geometry[:3], window, tuple(other.layer for other in fast.sites if other.cache == index))
@@ -216,7 +236,7 @@ def _manifest(
         device = _gpu(None)
     return Manifest(
         kind=kind,
-        model={**_model_facts(fast), **({"most_rows": MOST_ROWS} if "decode" in programs else {})},
+        model={**_model_facts(fast), **({"most_rows": max_batch or MOST_ROWS} if "decode" in programs else {})},
         caches=caches,
         policy=policy,
         state=state if "prune" in programs else (),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lethe_compile.exporters.programs import (
     step_program,
 )
 from lethe_compile.exporters.toolchain import check_compiler
+from lethe_compile.passes.kernel_step import MOST_ROWS
 from lethe_compile.runtime import OptimizedModel
 
 _OUTSIDE = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
@@ -27,11 +28,14 @@ _ON_CPU = {**_OUTSIDE, "aot_inductor.package_constants_on_disk_format": "binary_
 _ON_CUDA = {**_OUTSIDE, "aot_inductor.package_constants_on_disk_format": "pickle_weights"}
 
 
-def write_aoti(fast: OptimizedModel, directory: Path, progress: Callable[[str], None]) -> dict[str, ProgramSpec]:
+def write_aoti(
+    fast: OptimizedModel, directory: Path, progress: Callable[[str], None], *, most_rows: int = MOST_ROWS
+) -> dict[str, ProgramSpec]:
     """Write ``step.pt2`` and ``prune.pt2``, packages that need none of our ops.
 
     On a CPU they work over contiguous caches, as `passes.contiguous` has them. On a GPU our Triton kernels are inside,
-    over pages that they write in place, as `passes.kernel_step` has them; there is a ``decode.pt2`` for single tokens.
+    over pages that they write in place, as `passes.kernel_step` has them; there is a ``decode.pt2`` for single tokens
+    of at most `most_rows` sequences.
 
     Raises:
         UnsupportedGraphError: something in the model cannot be exported; names it.
@@ -40,7 +44,7 @@ def write_aoti(fast: OptimizedModel, directory: Path, progress: Callable[[str], 
     """
     check_compiler()
     if fast.device.type == "cuda":
-        return _write_kernels(fast, directory, progress)
+        return _write_kernels(fast, directory, progress, most_rows)
     programs = {}
     for program in (step_program(fast), prune_program(fast)):
         if program is not None:
@@ -48,7 +52,7 @@ def write_aoti(fast: OptimizedModel, directory: Path, progress: Callable[[str], 
     return programs
 
 
-def kernel_programs(fast: OptimizedModel) -> list[ExportableProgram]:
+def kernel_programs(fast: OptimizedModel, most_rows: int = MOST_ROWS) -> list[ExportableProgram]:
     """The programs of a GPU's artifact.
 
     Raises:
@@ -63,29 +67,38 @@ def kernel_programs(fast: OptimizedModel) -> list[ExportableProgram]:
         raise UnsupportedGraphError(
             "the kernels do not compute in float64", hint="Convert it first: model.float() or model.bfloat16()"
         )
-    programs = [kernel_step_program(fast, "step"), kernel_step_program(fast, "decode"), prune_program(fast, pages=True)]
+    steps = [kernel_step_program(fast, name, most_rows) for name in ("step", "decode")]
+    programs = [*steps, prune_program(fast, pages=True)]
     return [program for program in programs if program is not None]
 
 
-def _write_kernels(fast: OptimizedModel, directory: Path, progress: Callable[[str], None]) -> dict[str, ProgramSpec]:
+def _write_kernels(
+    fast: OptimizedModel, directory: Path, progress: Callable[[str], None], most_rows: int
+) -> dict[str, ProgramSpec]:
     """Packages, and one file with the weights of all: what a program made for itself bears its name."""
     from safetensors.torch import save_file
 
-    shared = set(fast.program.module.state_dict())
+    shared = fast.program.module.state_dict()
+    _refuse_strides(shared)
     specs: dict[str, ProgramSpec] = {}
     weights: dict[str, Tensor] = {}
-    for program in kernel_programs(fast):
+    for program in kernel_programs(fast, most_rows):
         specs[program.name], constants = _compile(program, directory, _ON_CUDA, progress)
-        for name, tensor in constants.items():
-            if not tensor.is_contiguous():
-                raise UnsupportedGraphError(
-                    f"{program.name}.pt2 wants {name} {list(tensor.shape)} with strides {list(tensor.stride())}",
-                    hint="Make the model's weights contiguous first: tensor.data = tensor.data.contiguous()",
-                )
-            weights[name if name in shared else f"{program.name}:{name}"] = tensor
+        _refuse_strides(constants)
+        weights.update({name if name in shared else f"{program.name}:{name}": t for name, t in constants.items()})
     progress(f"writing {WEIGHTS}")
     save_file({name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}, directory / WEIGHTS)
     return specs
+
+
+def _refuse_strides(weights: Mapping[str, Tensor]) -> None:
+    """A file of weights keeps no strides, and packages are compiled for them."""
+    for name, tensor in weights.items():
+        if not tensor.is_contiguous():
+            raise UnsupportedGraphError(
+                f"the weight {name} {list(tensor.shape)} has strides {list(tensor.stride())}",
+                hint="Make it contiguous before `optimize`: weight.data = weight.data.contiguous()",
+            )
 
 
 def _compile(

@@ -141,10 +141,10 @@ def paged_step_program(fast: OptimizedModel) -> ExportableProgram:
     return ExportableProgram("step", module, tuple(operands[name] for name in names), ("logits",), fast.device)
 
 
-def kernel_step_program(fast: OptimizedModel, name: str) -> ExportableProgram:
+def kernel_step_program(fast: OptimizedModel, name: str, most_rows: int) -> ExportableProgram:
     """New tokens to logits by the Triton kernels, caches written in place; see `passes.kernel_step`.
 
-    `name` is "decode", of one token a row, or "step", of more.
+    `name` is "decode", of one token a row and at most so many rows, or "step", of any.
 
     Raises:
         UnsupportedGraphError: as there.
@@ -158,7 +158,7 @@ def kernel_step_program(fast: OptimizedModel, name: str) -> ExportableProgram:
         Operand("page_table", ("rows", "row_pages"), torch.int32),
         *kernel_cache_operands(fast, ("pages",)),
     )
-    module = kernel_step(fast.program, decode=decode)
+    module = kernel_step(fast.program, decode=decode, most_rows=most_rows)
     return ExportableProgram(name, module, inputs, ("logits",), fast.device)
 
 

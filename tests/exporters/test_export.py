@@ -48,7 +48,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (directory / "step.onnx").write_bytes(b"program")
         return {"step": ProgramSpec("step.onnx", (), ())}
 
-    monkeypatch.setattr(exporters, "_writer", lambda format, engine: write)
+    monkeypatch.setattr(exporters, "_writer", lambda *options: write)
 
 
 @pytest.mark.usefixtures("quick")
@@ -62,6 +62,12 @@ def test_an_artifact_is_written_and_replaced(fast: OptimizedModel, tmp_path: Pat
         lethe.export(fast, folder, format="onnx")
     lethe.export(fast, folder, format="onnx", overwrite=True)
     assert not (folder / "left over").exists()
+
+
+def test_only_kernels_of_a_gpu_limit_the_batch(fast: OptimizedModel, tmp_path: Path) -> None:
+    for format in ("aoti", "onnx"):
+        with pytest.raises(ConfigError, match=rf"format='{format}' of a model on cpu takes any number of sequences"):
+            lethe.export(fast, tmp_path / "x", format=format, max_batch=8)
 
 
 @pytest.mark.usefixtures("quick")
@@ -80,7 +86,7 @@ def test_an_export_that_breaks_off_leaves_nothing(
         (directory / "weights.bin").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(exporters, "_writer", lambda format, engine: write)
+    monkeypatch.setattr(exporters, "_writer", lambda *options: write)
     with pytest.raises(error if isinstance(error, type) else type(error)):
         lethe.export(fast, tmp_path / "artifact", format="onnx")
     assert list(tmp_path.iterdir()) == []
@@ -178,3 +184,11 @@ def test_no_compiler() -> None:
     refused = pytest.raises(MissingPackageError, match=r"needs a C\+\+ compiler, such as g\+\+")
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), refused:
         check_compiler()
+
+
+def test_weights_with_strides_are_refused() -> None:
+    model = tiny("llama")
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data = weight.data.t().contiguous().t()
+    with pytest.raises(UnsupportedGraphError, match=r"layers\.1\.mlp\.up_proj\.weight \[\d+, \d+\] has strides"):
+        aoti._refuse_strides(lethe.optimize(model, verified=False).program.module.state_dict())

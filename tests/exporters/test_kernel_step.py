@@ -40,15 +40,14 @@ def fast() -> OptimizedModel:
     return optimized(tiny("llama"))
 
 
-def runner_of(fast: OptimizedModel) -> KernelRunner:
+def runner_of(fast: OptimizedModel, max_batch: int | None = None) -> KernelRunner:
     """The runner of an artifact over the programs themselves, op by op."""
-    programs = {program.name: program for program in kernel_programs(fast)}
+    programs = {program.name: program for program in kernel_programs(fast, max_batch or MOST_ROWS)}
     specs = {
         name: ProgramSpec(f"{name}.pt2", tuple(operand.name for operand in program.inputs), program.outputs)
         for name, program in programs.items()
     }
-    manifest = _manifest(fast, "aoti", specs, ())
-    assert manifest.model["most_rows"] == MOST_ROWS
+    manifest = _manifest(fast, "aoti", specs, (), max_batch)
     calls = {name: torch.no_grad()(program.module) for name, program in programs.items()}
     return KernelRunner(manifest, programs=calls, device=CPU)
 
@@ -134,12 +133,20 @@ def _functional(exported: ExportedProgram) -> tuple[torch.fx.Graph, int]:
     return graph, len(written)
 
 
-def test_more_rows_than_the_kernels_take_are_refused(fast: OptimizedModel) -> None:
-    runner = runner_of(fast)
-    with pytest.raises(
-        InputError, match=rf"{MOST_ROWS + 1} prompts at once are too many: the artifact takes {MOST_ROWS}"
-    ):
-        runner.begin(MOST_ROWS + 1)
+@pytest.mark.parametrize(("max_batch", "rows"), [(None, MOST_ROWS), (100, 100)])
+def test_more_rows_than_the_kernels_take_are_refused(fast: OptimizedModel, max_batch: int | None, rows: int) -> None:
+    runner = runner_of(fast, max_batch)
+    runner.begin(rows)
+    with pytest.raises(InputError, match=rf"{rows + 1} prompts at once are too many: the artifact takes {rows}"):
+        runner.begin(rows + 1)
+
+
+@pytest.mark.parametrize(("max_batch", "compiled"), [(1, 1), (16, 16), (100, 128)])
+def test_kernels_are_compiled_for_the_next_power_of_two(fast: OptimizedModel, max_batch: int, compiled: int) -> None:
+    decode = next(program for program in kernel_programs(fast, max_batch) if program.name == "decode")
+    graph = decode.module.graph
+    ops = graph.find_nodes(op="call_function", target=torch.ops.lethe.decode_attention.default)
+    assert len(ops) == len(fast.caches) and {node.args[-1] for node in ops} == {compiled}
 
 
 def test_caches_grow_and_shrink_with_what_is_in_them(fast: OptimizedModel) -> None:
@@ -154,4 +161,18 @@ def test_caches_grow_and_shrink_with_what_is_in_them(fast: OptimizedModel) -> No
     runner.reserve(20 * runner.page)
     assert runner.row_pages >= 20 and bool((runner.caches["k_0"][runner.row_pages] == 7).all())
     runner.reserve(1)
-    assert runner.row_pages < pages + 2 and bool((runner.caches["k_0"][runner.row_pages] == 7).all())
+    assert runner.row_pages <= pages and bool((runner.caches["k_0"][runner.row_pages] == 7).all())
+
+
+def test_the_next_generation_of_as_many_rows_finds_the_caches_in_their_place(fast: OptimizedModel) -> None:
+    """And with them the CUDA graph of a decode step."""
+    runner = runner_of(fast)
+    runner.begin(2)
+    runner.reserve(3 * runner.page)
+    runner.caches["length_0"].fill_(5)
+    before = dict(runner.caches)
+    runner.begin(2)
+    runner.reserve(3 * runner.page)
+    assert all(runner.caches[name] is tensor for name, tensor in before.items()) and not runner.lengths.any()
+    runner.begin(3)
+    assert runner.row_pages == 0
