@@ -19,13 +19,14 @@ from lethe_compile.executor import choose_backend, waits_for_host, warm_up_compi
 from lethe_compile.inspection import GraphFacts
 from lethe_compile.memory import check_kv_memory
 from lethe_compile.passes import pipeline
+from lethe_compile.passes.absent import is_absent
 from lethe_compile.passes.base import run_pipeline
 from lethe_compile.passes.limits import max_positions, vocab_size
 from lethe_compile.passes.parts import Fetch, fetch_part
 from lethe_compile.passes.tensor_parallel import TensorParallel
 from lethe_compile.policies import make_policy
 from lethe_compile.runtime import OptimizedModel
-from lethe_compile.verify import verify
+from lethe_compile.verify import verify, verify_steps
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -71,7 +72,9 @@ def optimize(
             `optimize` with the same arguments, and afterwards every method of the result that computes, alike. The
             weights that a rank splits are copies of its part: drop the model to free the whole.
         fetch: with `tp`, how a rank gets its part of a weight, where that is no copy of a part; see
-            `passes.parts.Fetch`. Verification then needs a `model` with the same weights.
+            `passes.parts.Fetch`. Verification then needs a `model` with the same weights. Of `checkpoint.load_parts`,
+            whose model has none anywhere, it can only see that logits are finite, and that decode steps continue what
+            whole sequences compute.
 
     Raises:
         UnsupportedGraphError: the model cannot be captured, or something in its graph cannot be rewritten safely;
@@ -86,11 +89,21 @@ def optimize(
         config = replace(config, policy=policy)
     ranks = ranks_of(tp)
     options: dict[str, Any] = {"backend": backend, "verified": verified, "kv_memory": kv_memory}
+    if (ranks is None or fetch is fetch_part) and (name := _absent(model)) is not None:
+        raise InputError(
+            f"the model has no weights: {name} is to be fetched by part: give `tp` of several ranks, and the `fetch`"
+            " that came with the model"
+        )
     if ranks is None:
         return _optimize(model, config, example_inputs, None, fetch, **options)
     _compare(ranks, model, config, options)
     with ranks.together("optimize the model"):
         return _optimize(model, config, example_inputs, ranks, fetch, **options)
+
+
+def _absent(model: nn.Module | torch.export.ExportedProgram) -> str | None:
+    """The name of a weight that the model does not have in memory; None where it has all."""
+    return next((name for name, weight in model.named_parameters() if is_absent(weight)), None)
 
 
 def _compare(ranks: Ranks, model: nn.Module | torch.export.ExportedProgram, config: LetheConfig, options: Any) -> None:
@@ -139,6 +152,8 @@ def _optimize(
     )
     with causality_told(captured.original, device):
         result = run_pipeline(captured.program, passes)
+    if (left := _absent(result.program.module)) is not None:
+        raise InputError(f"{left} has no part of its own on this rank after the rewrite: load the model as a whole")
     stateful, content = bool(result.program.stateful), result.program.content
     chosen = choose_backend(
         backend, device, stateful=stateful, content=content, waits=waits_for_host(result.program.graph)
@@ -159,7 +174,9 @@ def _optimize(
     fast.restart_at, fast.captured = captured.restart_at, before
     if ranks is not None:
         ranks.same({"the graph": _calls(result.program.graph)})  # or they would wait for each other in vain
-    if verified:
+    if verified and isinstance(model, nn.Module) and _absent(model) is not None:
+        verify_steps(fast)
+    elif verified:
         with causality_told(captured.original, device):
             verify(captured.original, fast)
     fast.kv_memory = kv_memory  # from here on: what is verified holds next to nothing

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lethe_compile.capture.quantized import plain_tensors
 from lethe_compile.errors import ConfigError, InputError, LetheError
+from lethe_compile.passes.absent import is_absent
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -238,10 +239,16 @@ def digest(tensor: Tensor) -> str:
 
 
 def weights_of(model: nn.Module | torch.export.ExportedProgram) -> dict[str, str]:
-    """Shape, dtype and a sum over the bits of every weight: quick, and not alike for others by chance."""
+    """Shape, dtype and a sum over the bits of every weight: quick, and not alike for others by chance.
+
+    Of weights that are fetched by part there is no sum: `checkpoint.load_parts` compares the files that they lie in.
+    """
     found = {}
     named = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in named:
+        if is_absent(tensor):
+            found[name] = f"{tensor.dtype} {list(tensor.shape)}, fetched by part"
+            continue
         for part, plain in plain_tensors(name, tensor):
             found[part] = f"{plain.dtype} {list(plain.shape)} {_sum_of_bits(plain)}"
     return found

@@ -23,6 +23,10 @@ class InputError(LetheError, ValueError):
     """Inputs to `forward` or `generate` that the compiled model cannot run."""
 
 
+class WholeOnlyError(InputError):
+    """A checkpoint that cannot be read part by part; loaded as a whole, it may well work. The message says why."""
+
+
 class OutOfPagesError(LetheError, RuntimeError):
     """The page pool has a hard limit, and that limit is reached."""
 

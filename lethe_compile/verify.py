@@ -41,6 +41,17 @@ def verify(original: Callable[[Mapping[str, Tensor]], Tensor], fast: OptimizedMo
             _verify_sample(original, fast, ids, least)
 
 
+def verify_steps(fast: OptimizedModel) -> None:
+    """What can be told without the original model: `verify`, with the rewritten graph's own logits in its place.
+
+    That they are finite, and that decode steps continue whole sequences; not that they are the model's.
+
+    Raises:
+        UnsupportedGraphError, LetheError: see `verify`.
+    """
+    verify(lambda inputs: fast(inputs["input_ids"]), fast)
+
+
 def _compile_kernels(fast: OptimizedModel, samples: list[Tensor]) -> None:
     """Compile on all cores what the samples need, or each kernel would wait for the one before."""
     from lethe_compile.kernels.launch import compiling

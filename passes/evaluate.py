@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lethe_compile.passes.absent import known
 from lethe_compile.passes.program import ancestors, attribute
 
 
@@ -32,7 +33,7 @@ def evaluate(
             if node.op == "placeholder":
                 values[node] = inputs[str(node.target)].to(node.meta["val"].dtype)
             elif node.op == "get_attr":
-                values[node] = vary(node, attribute(module, str(node.target)))
+                values[node] = vary(node, known(attribute(module, str(node.target)), str(node.target)))
             else:
                 assert callable(node.target), f"{node.name} is a {node.op}"
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])

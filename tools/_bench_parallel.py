@@ -27,7 +27,7 @@ from lethe_compile.runtime import OptimizedModel
 from lethe_compile.tools import _bench_sessions as sessions
 from lethe_compile.tools._bench_base import Bench, Clock, Row, release, roofline
 from lethe_compile.tools._bench_sessions import FULL, LETHE, Session
-from lethe_compile.tools._bench_shapes import load, weightless
+from lethe_compile.tools._bench_shapes import load, without_weights
 from lethe_compile.tools._bench_steps import Sample, lethe_config, measure, steps_needed
 
 _REDUCTIONS = 20  # of the scores, timed
@@ -61,7 +61,7 @@ def run(bench: Bench) -> list[Row]:
 
 def _shared(bench: Bench) -> OptimizedModel:
     name, options = bench.options.shapes[0], bench.options
-    model = weightless(name, bench.device, options.layers)
+    model = without_weights(name, bench.device, options.layers)
     config = lethe_config(bench, options.max_tokens)
     return optimize(model, config, tp=init(), fetch=random_part, verified=False)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lethe_compile.checkpoint import weightless
 from lethe_compile.errors import InputError
 
 _COMMON: dict[str, Any] = {
@@ -103,23 +104,9 @@ class Subject:
         return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
 
 
-def weightless(name: str, device: torch.device, layers: int | None = None) -> Any:
-    """The shape `name` with weights that take no memory: each of its matrices is one number, seen many times.
-
-    Good for capturing a graph, and for nothing else: who runs it puts weights of its own in their place.
-    """
-    from torch.overrides import TorchFunctionMode
-
-    class OneNumber(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = kwargs or {}
-            if func is not torch.empty:
-                return func(*args, **kwargs)
-            size = kwargs.pop("size", args[0] if args and isinstance(args[0], (tuple, list, torch.Size)) else args)
-            return torch.zeros((), **kwargs).expand(tuple(size))
-
-    with device, OneNumber():
-        return _from_config(name, device, layers).eval()
+def without_weights(name: str, device: torch.device, layers: int | None = None) -> Any:
+    """The shape `name` with weights that take no memory, good for capturing a graph."""
+    return weightless(_config(name, layers), _dtype(device), device, attn_implementation="sdpa")
 
 
 def load(name: str, device: torch.device, layers: int | None = None) -> Subject:
@@ -140,18 +127,27 @@ def load(name: str, device: torch.device, layers: int | None = None) -> Subject:
 
 def _from_config(name: str, device: torch.device, layers: int | None) -> Any:
     """The model as its constructor leaves it, without any weight initialised."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = _config(name, layers)
+    with no_init_weights():
+        return AutoModelForCausalLM.from_config(config, dtype=_dtype(device), attn_implementation="sdpa")
+
+
+def _config(name: str, layers: int | None) -> Any:
     if name not in SHAPES:
         raise InputError(f"no shape is called {name!r}; there are {', '.join(SHAPES)}")
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
+    from transformers import AutoConfig
 
     settings = {**_COMMON, **SHAPES[name]}
     if layers is not None:
         settings["num_hidden_layers"] = layers
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    with no_init_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def _randomise(model: Any) -> None:

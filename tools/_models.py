@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from lethe_compile.errors import InputError
+from lethe_compile.errors import InputError, WholeOnlyError
 
 REASONER = "reasoner"
 HELP = "'reasoner' (bundled), a local directory, a hub id, or package.module:factory"
@@ -32,6 +32,21 @@ def load_model(name: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
     except Exception as error:  # damaged weights raise whatever their reader does
         raise InputError(f"no model can be loaded from {name!r}: {_first_line(error)} (MODEL is {HELP})") from error
+
+
+def files_of(name: str) -> tuple[str, str]:
+    """The directory or hub id of MODEL's weights, and the dtype that `load_model` gives them.
+
+    Raises:
+        WholeOnlyError: they lie in no files, a factory makes them.
+    """
+    if name == REASONER:
+        from lethe_compile.models import reasoner
+
+        return str(reasoner.path()), "float32"
+    if ":" in name:
+        raise WholeOnlyError(f"{name} is a factory, which makes it as a whole")
+    return name, "auto"
 
 
 def _first_line(error: Exception) -> str:
@@ -65,14 +80,10 @@ def count_layers(name: str) -> int | None:
     """Attention layers by the model's configuration, which is read without its weights; None where it does not say."""
     from transformers import AutoConfig
 
-    if name == REASONER:
-        from lethe_compile.models import reasoner
-
-        name = str(reasoner.path())
     if ":" in name:
         return None
     try:
-        layers = AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers
+        layers = AutoConfig.from_pretrained(files_of(name)[0]).get_text_config().num_hidden_layers
     except (OSError, ValueError, AttributeError):
         return None  # loading the model says what is wrong, or works regardless
     return int(layers)

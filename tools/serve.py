@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 -m lethe_compile serve MODEL
 
-splits the model over the ranks that torchrun starts. Rank 0 serves and prints, the others follow it.
+splits the model over the ranks that torchrun starts. Rank 0 serves and prints, the others follow it. Each reads its own
+part of the weights from safetensors files; where that cannot be done, rank 0 says why, and each loads the whole first.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import ipaddress
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lethe_compile as lethe
 from lethe_compile import distributed
+from lethe_compile.checkpoint import load_parts
 from lethe_compile.config import LetheConfig, parse_bytes
-from lethe_compile.errors import InputError, MissingPackageError
+from lethe_compile.errors import InputError, MissingPackageError, WholeOnlyError
 from lethe_compile.files import read_text
+from lethe_compile.passes.parts import Fetch, fetch_part
 from lethe_compile.serving import Engine
 from lethe_compile.tools import _models, _policies
 
@@ -113,8 +116,6 @@ def _source(options: argparse.Namespace, make_engine: Any) -> Any:
 
 def build_engine(options: argparse.Namespace) -> Engine:
     """The engine that the command line describes; called where it is to run."""
-    import torch
-
     mesh = distributed.init() if distributed.started() else None
 
     def say(text: str) -> None:
@@ -122,12 +123,10 @@ def build_engine(options: argparse.Namespace) -> Engine:
             print(text, file=sys.stderr, flush=True)
 
     say(f"loading {options.model}")
-    model = _models.load_model(options.model)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device) if options.dtype is None else model.to(device, getattr(torch, options.dtype))
+    model, fetch = _load(options, mesh, say)
     say("optimizing")
-    fast = lethe.optimize(model, _config(options), backend=options.backend, tp=mesh)
-    del model  # a rank has its own part of the weights: the whole makes room for the cache
+    fast = lethe.optimize(model, _config(options), backend=options.backend, tp=mesh, fetch=fetch)
+    del model, fetch  # a rank has its own part of the weights: the whole makes room for the cache
     return Engine(
         fast,
         max_batch=options.max_batch,
@@ -137,6 +136,28 @@ def build_engine(options: argparse.Namespace) -> Engine:
         prefill_chunk=options.prefill_chunk,
         under_pressure=options.under_pressure,
     )
+
+
+def _load(options: argparse.Namespace, mesh: Any, say: Callable[[str], None]) -> tuple[Any, Fetch]:
+    """The model and how ranks get their parts of it: from its files where that can be."""
+    import torch
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if mesh is not None:
+        try:
+            name, dtype = _models.files_of(options.model)
+            loaded = load_parts(name, mesh, dtype=options.dtype or dtype, device=device)
+        except WholeOnlyError as reason:
+            say(f"every rank loads the whole model before it keeps its part: {reason}")
+        else:
+            say(
+                "not compared with the original model, which lies on no rank as a whole: only that decode steps"
+                " continue whole sequences is verified"
+            )
+            return loaded
+    model = _models.load_model(options.model)
+    model = model.to(device) if options.dtype is None else model.to(device, getattr(torch, options.dtype))
+    return model, fetch_part
 
 
 def _config(options: argparse.Namespace) -> LetheConfig:

@@ -28,6 +28,7 @@ from lethe_compile.capture.step import capture_step, is_step
 from lethe_compile.capture.step_module import bind_weights, capture_step_module, is_lifted
 from lethe_compile.capture.transformers import capture_transformers
 from lethe_compile.errors import InputError
+from lethe_compile.passes.absent import is_absent
 
 __all__ = ["Captured", "capture", "check_weights"]
 
@@ -83,6 +84,8 @@ def check_weights(model: nn.Module) -> None:
     if "meta" in devices:
         raise InputError(f"the model has no weights: {devices['meta']} is on the meta device")
     for parameter_name, parameter in model.named_parameters():
+        if is_absent(parameter):
+            continue  # who fetches its parts looks at them
         for name, tensor in plain_tensors(parameter_name, parameter):
             if tensor.is_floating_point() and not is_finite(tensor):
                 raise InputError(f"the weights are broken: {name} holds NaN or infinity")
