@@ -1,12 +1,14 @@
-"""Weights that a model is captured without: parameters of the right shape that take no memory.
+"""Weights that a model is captured without: parameters of the right shape that take next to no memory.
 
-Each is one number, seen as often as its shape has entries, until a rank fetches its own part (`parts.Fetch`). Where
-a proof needs the numbers themselves, it reads them for its own time with the reader that such a weight may carry.
+Each is one number, seen as often as its shape has entries, until a rank fetches its own part (`parts.Fetch`). Stacks of
+matrices are one matrix, seen as often as there are experts, since grouped products look at its strides. Where a proof
+needs the numbers themselves, it reads them for its own time with the reader that such a weight may carry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from math import prod
 from typing import Any
 
 import torch
@@ -17,19 +19,35 @@ from lethe_compile.errors import InputError
 _READER = "_lethe_reads"
 
 
-def absent(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
-    """A tensor of zeros, ``shape``, that takes the memory of one number."""
-    return torch.zeros((), dtype=dtype, device=device).expand(shape)
+Shared = MutableMapping[tuple[tuple[int, ...], torch.dtype | None], Tensor]
+"""Matrices by shape and dtype, each the memory of all stacks of such."""
+
+
+def absent(
+    shape: tuple[int, ...] | torch.Size,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    shared: Shared | None = None,
+) -> Tensor:
+    """A tensor of zeros, ``shape``, that takes the memory of one number; a stack that of a matrix in `shared`."""
+    if shared is None or prod(shape[:-2]) == 1:
+        return torch.zeros((), dtype=dtype, device=device).expand(shape)
+    key = (tuple(shape[-2:]), dtype)
+    if key not in shared:
+        shared[key] = torch.zeros(key[0], dtype=dtype, device=device)
+    return shared[key].expand(shape)
 
 
 def is_absent(weight: Any) -> bool:
-    """Whether this parameter holds no weights: one number in the place of all. A single number is always there."""
-    return isinstance(weight, nn.Parameter) and weight.numel() > 1 and lies_nowhere(weight)
+    """Whether this parameter holds no weights: one number in the place of many. A single number is always there."""
+    return isinstance(weight, nn.Parameter) and lies_nowhere(weight)
 
 
 def lies_nowhere(tensor: Tensor) -> bool:
-    """Whether each of its entries is the same number in memory."""
-    return tensor.numel() > 1 and tensor.layout == torch.strided and not any(tensor.stride())
+    """Whether its entries share their memory along the first dimension that has several."""
+    if tensor.layout != torch.strided:
+        return False
+    return next((stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1), False)
 
 
 def set_reader(weight: nn.Parameter, read: Callable[[], Tensor]) -> None:

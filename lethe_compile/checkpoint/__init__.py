@@ -38,8 +38,10 @@ def load_parts(
     """A model of transformers for `optimize(model, tp=mesh, fetch=fetch)`, whose weights stay in their files.
 
     Of a weight that is split a rank reads its own part, straight from the safetensors files; weights that every rank
-    holds are read as they are asked for. Whole and in memory are only buffers of the checkpoint and single numbers.
-    Every rank calls this alike, and the files that they see are compared: their sizes, and samples of their bytes.
+    holds are read as they are asked for. Proofs of the rewrite read what they need as a whole, for their own time: of
+    mixtures of experts the experts, of latent attention what expands the latent. Whole and in memory are only buffers
+    of the checkpoint and single numbers. Every rank calls this alike, and the files that they see are compared: their
+    sizes, and samples of their bytes.
 
     Args:
         name: a directory or hub id, as `AutoModelForCausalLM.from_pretrained` takes it.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lethe_compile.errors import WholeOnlyError
-from lethe_compile.passes.absent import absent, lies_nowhere
+from lethe_compile.passes.absent import Shared, absent, lies_nowhere
 
 _SMALL = 1 << 16  # numbers: constructors may compute with what is no larger
 
@@ -55,8 +55,9 @@ def weightless(config: Any, dtype: torch.dtype, device: torch.device, **options:
 
 def without_weights(model: Any, device: torch.device) -> Any:
     """The model, its parameters absent and its buffers moved to `device`."""
+    shared: Shared = {}
     for parameter in model.parameters():
-        parameter.data = absent(parameter.shape, parameter.dtype, device)
+        parameter.data = absent(parameter.shape, parameter.dtype, device, shared)
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(path, recurse=False):
             moved = absent(buffer.shape, buffer.dtype, device) if lies_nowhere(buffer) else buffer.to(device)
