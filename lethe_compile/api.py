@@ -101,8 +101,10 @@ def optimize(
         return _optimize(model, config, example_inputs, ranks, fetch, **options)
 
 
-def _absent(model: nn.Module | torch.export.ExportedProgram) -> str | None:
-    """The name of a weight that the model does not have in memory; None where it has all."""
+def _absent(model: object) -> str | None:
+    """The name of a weight that the model does not have in memory; None where it has all, and for what is no model."""
+    if not isinstance(model, nn.Module):
+        return None
     return next((name for name, weight in model.named_parameters() if is_absent(weight)), None)
 
 
@@ -174,7 +176,7 @@ def _optimize(
     fast.restart_at, fast.captured = captured.restart_at, before
     if ranks is not None:
         ranks.same({"the graph": _calls(result.program.graph)})  # or they would wait for each other in vain
-    if verified and isinstance(model, nn.Module) and _absent(model) is not None:
+    if verified and _absent(model) is not None:
         verify_steps(fast)
     elif verified:
         with causality_told(captured.original, device):
