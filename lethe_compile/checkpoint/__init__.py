@@ -100,10 +100,7 @@ class PartsOfFiles:
             if name is None:
                 raise _missing(model, tied[0])
             source = sources[name]
-            if source.shape != tuple(parameter.shape):
-                raise InputError(
-                    f"{name} is {list(source.shape)} in the checkpoint, {list(parameter.shape)} by its configuration"
-                )
+            _check_shape(name, source, parameter)
             self._sources[id(parameter)] = (name, parameter, source)
             if parameter.numel() > 1:
                 set_reader(parameter, partial(self._read, parameter, None))
@@ -209,14 +206,16 @@ def _load_buffers(model: Any, sources: Mapping[str, Source]) -> None:
     for name, buffer in list(model.named_buffers()):
         if name in sources:
             source = sources[name]
-            if source.shape != tuple(buffer.shape):
-                raise InputError(
-                    f"{name} is {list(source.shape)} in the checkpoint, and {list(buffer.shape)} in the model"
-                )
+            _check_shape(name, source, buffer)
             path, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(path), attribute, torch.empty_like(buffer).copy_(whole(source)))
         elif is_unset(buffer):
             raise _missing(model, name)
+
+
+def _check_shape(name: str, source: Source, tensor: Tensor) -> None:
+    if source.shape != tuple(tensor.shape):
+        raise InputError(f"{name} is {list(source.shape)} in the checkpoint, {list(tensor.shape)} by its configuration")
 
 
 def _missing(model: Any, name: str) -> InputError:
