@@ -164,16 +164,20 @@ class KernelRunner:
 
 
 class _DecodeGraph:
-    """A greedy decode step of the runner's tensors as they are now: captured once, replayed for every token."""
+    """A greedy decode step of the runner's tensors as they are now: captured once, replayed for every token.
+
+    Little is done beside the program, since each small kernel costs as much as a hundredth of a step: which rows count
+    the host concludes from the tokens.
+    """
 
     def __init__(self, runner: KernelRunner, ends: Ints) -> None:
         rows, device = runner.rows, runner.device
         self.runner, self.ends = runner, ends
         self._end_tokens = torch.from_numpy(ends.copy()).to(device)
-        self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.next_position = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.active = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.record = torch.zeros(3, rows, dtype=torch.int64, device=device)  # token, whether it counts, and is sound
+        self.active = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.record = torch.zeros(2, rows, dtype=torch.int64, device=device)  # a token, and its logit as bits
+        self.tokens, self._logit = self.record[0], self.record[1].view(torch.float32)[:rows]
         self._graph = self._capture() if device.type == "cuda" else None
 
     def replay(self, tokens: Ints, next_position: Ints, active: NDArray[np.bool_], steps: int) -> Iterator[Chosen]:
@@ -183,10 +187,11 @@ class _DecodeGraph:
         for start in range(0, steps, CHUNK):
             follows = self._run(min(CHUNK, steps - start))
             if under_way is not None:
-                yield _chosen(under_way)
+                chosen, active = self._chosen(under_way, active)
+                yield chosen
             under_way = follows
         if under_way is not None:
-            yield _chosen(under_way)
+            yield self._chosen(under_way, active)[0]
 
     def _run(self, steps: int) -> Fetched:
         """So many records, once they are there."""
@@ -200,15 +205,12 @@ class _DecodeGraph:
         return Fetched(history)
 
     def _step(self) -> None:
-        ids = torch.where(self.active, self.tokens, 0)[:, None]
-        (logits,) = self.runner.run("decode", ids, self.next_position[:, None], self.active.to(torch.int32))
+        (logits,) = self.runner.run("decode", self.tokens[:, None], self.next_position[:, None], self.active)
         self.next_position += self.active
-        tokens = logits.argmax(dim=1)
-        # `argmax` returns a NaN's place if there is one.
-        sound = logits.gather(1, tokens[:, None])[:, 0].isfinite()
-        self.record.copy_(torch.stack([tokens, self.active.long(), sound.long()]))
-        self.active &= ~torch.isin(tokens, self._end_tokens)
-        self.tokens.copy_(tokens)
+        torch.argmax(logits, dim=1, out=self.tokens)  # the place of a NaN if there is one
+        torch.gather(logits, 1, self.tokens[:, None], out=self._logit[:, None])
+        if len(self._end_tokens):
+            self.active *= (self.tokens[:, None] != self._end_tokens).all(dim=1)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """The step as a CUDA graph; no row is active while it is made, so nothing is appended."""
@@ -222,10 +224,13 @@ class _DecodeGraph:
             self._step()
         return graph
 
-
-def _chosen(history: Fetched) -> Chosen:
-    seen = history.wait()
-    return Chosen(seen[:, 0], seen[:, 1].astype(np.bool_), seen[:, 2].astype(np.bool_))
+    def _chosen(self, history: Fetched, active: NDArray[np.bool_]) -> tuple[Chosen, NDArray[np.bool_]]:
+        """What the records say, where `active` rows fed the first step; and which rows are active after the last."""
+        seen = history.wait()
+        tokens, bits = seen[:, 0], np.ascontiguousarray(seen[:, 1])
+        going = np.logical_and.accumulate(np.vstack([active[None], ~np.isin(tokens, self.ends)]), axis=0)
+        sound = np.isfinite(bits.view(np.float32)[:, : tokens.shape[1]])
+        return Chosen(tokens, going[:-1], sound), going[-1]
 
 
 def load_packages(manifest: Manifest, device: torch.device) -> dict[str, Program]:
