@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from lethe_compile.passes.cache_ops import Read
+from lethe_compile.passes.check import shapes_alone
 from lethe_compile.passes.program import Mask, Program, attribute, is_call, is_symbolic, same_size, shape_of
 from lethe_compile.passes.step import Steps, refusal, sizes_of
 from lethe_compile.passes.step_sites import StepSite
@@ -296,7 +297,7 @@ class WholeSequence:
         if like is not None:
             node.meta.update({key: value for key, value in like.meta.items() if key in _KEPT})
         given, options = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self._mode, torch.no_grad():
+        with shapes_alone(self._mode):
             node.meta["val"] = target(*given, **options)
         return node
 
