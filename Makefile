@@ -11,12 +11,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test round-trip lint clean
 
 help:
 	@echo "make demo   watch the bundled reasoner generate with a full and with a pruned cache"
 	@echo "make test   run the tests (ARGS: more arguments for pytest)"
 	@echo "make lint   ruff and mypy"
+	@echo "make round-trip  export the bundled reasoner to onnx and aoti, and run both in fresh processes"
 	@echo "make clean  remove build outputs and caches, not $(VENV)"
 
 demo: $(VENV)/.installed
@@ -24,6 +25,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+round-trip: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 0 -m slow -k reasoner tests/exporters/test_round_trip.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -113,6 +113,7 @@ def check(folder: Path, found: dict[str, Any], split: tuple[str, ...], tied: boo
 SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 
 
+@pytest.mark.slow
 def test_two_processes_read_half_each(tmp_path: Path) -> None:
     folder = saved("llama", tmp_path / "llama", num_hidden_layers=1)
     settings = folder / "generation_config.json"

@@ -17,10 +17,7 @@ from lethe_compile.tools import _matrix, _matrix_checks, inspect_graph
 from lethe_compile.tools._matrix_checks import Verdict, check
 from lethe_compile.tools._replay import Evictions, replay
 
-ALWAYS = (
-    *("llama", "gpt2", "opt", "bloom", "gptj", "gemma2", "gemma3n_text", "gpt_oss", "deepseek_v3", "llama4_text"),
-    *("qwen3_next", "diffllama"),
-)
+ALWAYS = ("bloom", "gptj", "gemma3n_text", "gpt_oss", "deepseek_v3", "llama4_text", "qwen3_next")
 # Refused, and why, as a part of the reason: everything else must pass.
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("big_bird", "megatron-bert", "rembert", "roformer"), "not causal: a query sees later keys"),

@@ -1,7 +1,7 @@
 """Round trips: exported by `lethe export`, run by `lethe run` in a fresh process, the answers of the process itself.
 
-Slow tests: the reasoner takes most of a minute to ONNX (`test_reasoner.py` has more of it), and minutes of the C++
-compiler to AOTInductor. Sizes and times are printed.
+Slow tests: the reasoner takes most of a minute to ONNX (`test_reasoner.py` has more of it), and minutes to AOTInductor.
+CI runs them beside the others, by `make round-trip`. Sizes and times are printed.
 """
 
 from __future__ import annotations
