@@ -31,6 +31,7 @@ from lethe_compile.errors import LetheError
 from lethe_compile.exporters.toolchain import check_compiler
 from lethe_compile.models import reasoner
 from lethe_compile.models.tiny import tiny
+from lethe_compile.prompt import left_padded
 from lethe_compile.runtime import OptimizedModel
 
 ALONE = """
@@ -210,7 +211,7 @@ def model_of(case: str) -> tuple[OptimizedModel, list[list[int]], int]:
 
 def in_process(fast: OptimizedModel, prompts: list[list[int]], new: int) -> tuple[list[list[int]], float]:
     """New tokens of the compiled model, and the seconds of its second run."""
-    inputs, options = batch(prompts, new)
+    inputs, options = _batch(prompts, new)
     width, seconds = inputs["input_ids"].shape[1], 0.0
     for _ in range(2):
         torch.cuda.synchronize()
@@ -221,13 +222,9 @@ def in_process(fast: OptimizedModel, prompts: list[list[int]], new: int) -> tupl
     return out[:, width:].tolist(), seconds
 
 
-def batch(prompts: list[list[int]], new: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _batch(prompts: list[list[int]], new: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Left-padded prompts, and options of a greedy `generate`."""
-    width = max(map(len, prompts))
-    ids, mask = (torch.zeros(len(prompts), width, dtype=torch.int64) for _ in range(2))
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    ids, mask = left_padded(prompts)
     options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return {"input_ids": ids.cuda(), "attention_mask": mask.cuda()}, options
 
@@ -300,7 +297,7 @@ def _ties(
     first = [_first_difference([one], [other]) for one, other in zip(expected, got, strict=True)]
     if first == [None] * len(first):
         return None
-    inputs, options = batch(prompts, 1 + max(at for at in first if at is not None))
+    inputs, options = _batch(prompts, 1 + max(at for at in first if at is not None))
     out: Any = fast.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
     margins, spreads = [], []
     for row, at in enumerate(first):
